@@ -1,0 +1,99 @@
+"""Tables of what there is: public names, systems with their presets, bundled models. Nothing heavy is imported here."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from typing import Any
+
+from vargen.errors import ConfigError, nearest
+
+PRESETS_ATTRIBUTE = "PRESETS"
+
+# public name -> module that defines it; `vargen.<name>` resolves lazily through this table
+PUBLIC: dict[str, str] = {
+    "Condition": "vargen.condition",
+    "Guidance": "vargen.guidance",
+    "LlamaGen": "vargen.backbones.llamagen",
+    "ModelMixin": "diffusers.models.modeling_utils",
+    "Noise": "vargen.noise",
+    "Order": "vargen.order",
+    "Sampling": "vargen.model",
+    "T5TextEncoder": "vargen.text",
+    "TextFeatures": "vargen.condition",
+    "TokenSpace": "vargen.space",
+    "VQTokenizer": "vargen.tokenizers.vq",
+    "VisualARPipeline": "vargen.pipeline",
+    "WordEncoder": "vargen.text",
+}
+
+
+@dataclass(frozen=True)
+class System:
+    """One system of the literature.
+
+    Attributes:
+        name: key in configurations and on the command line.
+        kind: ``tokenizer`` or ``generator``.
+        model: public class name.
+        paper: title and arXiv number.
+        official: module of its checkpoint adapter, with ``load(path, **options) -> model``; None if nothing was released.
+        checkpoints: released files, as the hub names them.
+    """
+
+    name: str
+    kind: str
+    model: str
+    paper: str
+    official: str | None = None
+    checkpoints: tuple[str, ...] = ()
+
+    def load_class(self) -> Any:
+        return load_public(self.model)
+
+    @property
+    def presets(self) -> dict[str, dict[str, Any]]:
+        return getattr(importlib.import_module(PUBLIC[self.model]), PRESETS_ATTRIBUTE, {})
+
+
+SYSTEMS: dict[str, System] = {
+    s.name: s
+    for s in (
+        System(
+            "llamagen-vq",
+            "tokenizer",
+            "VQTokenizer",
+            "Autoregressive Model Beats Diffusion: Llama for Scalable Image Generation, arXiv 2406.06525",
+            "vargen.official.llamagen_vq",
+            ("FoundationVision/LlamaGen: vq_ds16_c2i.pt, vq_ds8_c2i.pt", "peizesun/llamagen_t2i: vq_ds16_t2i.pt"),
+        ),
+        System(
+            "llamagen",
+            "generator",
+            "LlamaGen",
+            "Autoregressive Model Beats Diffusion: Llama for Scalable Image Generation, arXiv 2406.06525",
+            "vargen.official.llamagen",
+            (
+                "FoundationVision/LlamaGen: c2i_{B,L}_{256,384}.pt, c2i_{XL,XXL,3B}_384.pt",
+                "peizesun/llamagen_t2i: t2i_XL_stage1_256.pt, t2i_XL_stage2_512.pt",
+            ),
+        ),
+    )
+}
+
+# bundled models: name -> directory under vargen/assets
+BUNDLED: dict[str, str] = {"digits": "digits", "shapes": "shapes"}
+
+
+def load_public(name: str) -> Any:
+    """The public class or function called ``name``."""
+    if name not in PUBLIC:
+        raise ConfigError(f"vargen has no '{name}'{nearest(name, PUBLIC)}")
+    return getattr(importlib.import_module(PUBLIC[name]), name)
+
+
+def system(name: str) -> System:
+    """The system called ``name``; raises ConfigError naming the nearest one."""
+    if name not in SYSTEMS:
+        raise ConfigError(f"unknown system '{name}'{nearest(name, SYSTEMS)}")
+    return SYSTEMS[name]
