@@ -1,0 +1,1 @@
+"""One file per system; its functions, marked ``@component(system, component)``, recompute the outputs of a case."""
