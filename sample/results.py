@@ -1,0 +1,129 @@
+"""What a finished sampling job leaves besides its images: the labelled grid, the npz batch of FID evaluators, the animation."""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from vargen.checkpoint import atomic_write
+from vargen.errors import DataError
+from vargen.model import OnStep, StepInfo, VisualTokenizer
+from vargen.noise import Noise
+from vargen.sample.manifest import Manifest
+from vargen.sample.motion import read_frames, save_gif
+from vargen.sample.picture import grid, save_image, to_images
+
+GRID_LIMIT = 100
+ANIMATION_LIMIT = 16
+ANIMATION_FRAMES = 48
+_UNKNOWN = 0.25  # pixels in [-1, 1] of cells that have no token yet: a light grey
+
+
+def write_grid(manifest: Manifest, num: int, class_names: Sequence[str] | None = None) -> Path:
+    """The first images (at most 100) on one labelled sheet: ``grid.png``, or a moving ``grid.gif`` of videos."""
+    records = [manifest.records[index] for index in range(min(num, GRID_LIMIT))]
+    labels = [_label(record, class_names) for record in records]
+    titles = labels if any(labels) else None
+    files = [manifest.folder / record["file"] for record in records]
+    if files[0].suffix == ".mp4":
+        videos = [read_frames(file) for file in files]
+        path = manifest.folder / "grid.gif"
+        steps = range(min(len(video) for video in videos))
+        save_gif([grid([Image.fromarray(video[t]) for video in videos], titles) for t in steps], path, hold=0)
+    else:
+        path = manifest.folder / "grid.png"
+        save_image(grid([_open(file) for file in files], titles), path)
+    return path
+
+
+def write_npz(manifest: Manifest, num: int, seed: int) -> Path:
+    """``samples.npz``: ``arr_0`` uint8 ``(num, H, W, 3)`` and, where there are conditions, ``arr_1`` labels or prompts in the same order.
+
+    The order is a permutation fixed by the seed: the ADM evaluator computes Inception Scores over blocks of the file, and a
+    class-sorted file would ruin them. Images are streamed, so that memory does not grow with their number.
+    """
+    order = Noise(seed).permutation("npz", num)[0].tolist()
+    records = [manifest.records[index] for index in order]
+    first = np.asarray(_open(manifest.folder / records[0]["file"]))
+    path = manifest.folder / "samples.npz"
+
+    def write(temporary: Path) -> None:
+        with zipfile.ZipFile(temporary, "w") as archive:
+            with archive.open("arr_0.npy", "w", force_zip64=True) as entry:
+                header = {"descr": "|u1", "fortran_order": False, "shape": (num, *first.shape)}
+                np.lib.format.write_array_header_1_0(entry, header)
+                for record in records:
+                    image = np.asarray(_open(manifest.folder / record["file"]))
+                    if image.shape != first.shape:
+                        raise DataError(f"'{record['file']}' is {image.shape}, other images {first.shape}: delete it and run again")
+                    entry.write(image.tobytes())
+            for key in ("class_label", "prompt"):
+                if key in records[0]:
+                    with archive.open("arr_1.npy", "w", force_zip64=True) as entry:
+                        np.lib.format.write_array(entry, np.array([record[key] for record in records]), allow_pickle=False)
+
+    atomic_write(path, write)
+    return path
+
+
+def write_animation(
+    manifest: Manifest, tokenizer: VisualTokenizer, num: int, batch_size: int, run: Callable[[OnStep], Tensor]
+) -> Path:
+    """``animation.gif``: the first images (at most 16) while their tokens appear, in about 48 frames.
+
+    Args:
+        run: draws the job's first batch, calling back after each step; the last frame shows the pixels that it returns.
+    """
+    shown = min(num, batch_size, ANIMATION_LIMIT)
+    frames: list[Tensor] = []
+
+    def on_step(step: StepInfo) -> None:
+        every = max(1, step.total // ANIMATION_FRAMES)
+        if step.index % every == 0 and step.index + 1 < step.total:
+            frames.append(partial_pixels(tokenizer, step.tokens[:shown], step.known))
+
+    frames.append(run(on_step)[:shown])
+    stills = [f if f.dim() == 4 else f[:, :, f.shape[2] // 2] for f in frames]
+    path = manifest.folder / "animation.gif"
+    save_gif([grid(to_images(still)) for still in stills], path, hold=2.0)
+    return path
+
+
+@torch.inference_mode()
+def partial_pixels(tokenizer: VisualTokenizer, tokens: Tensor, known: Tensor) -> Tensor:
+    """Pixels of unfinished tokens: decoded as they are, and grey as far as their cells are not ``known``.
+
+    Tokens of an ordered space are decoded as the prefix that is known. Those of other 1D tokenizers, and of several levels, have no
+    place of their own in the picture, which is then shown whole.
+
+    Args:
+        tokens: ``(B, *token_shape)``, zeros where nothing is known.
+        known: ``(*grid)`` in [0, 1].
+    """
+    if tokenizer.space.ordered:
+        return tokenizer.decode(tokens[:, : max(1, int(known.sum()))])
+    pixels = tokenizer.decode(tokens)
+    if known.dim() != pixels.dim() - 2 or len(tokenizer.space.levels) > 1:
+        return pixels
+    mask = torch.nn.functional.interpolate(known[None, None].to(pixels), size=pixels.shape[2:], mode="nearest")
+    return torch.lerp(torch.full_like(pixels, _UNKNOWN), pixels, mask)
+
+
+def _label(record: dict, class_names: Sequence[str] | None) -> str:
+    if "class_label" in record:
+        return class_names[record["class_label"]] if class_names else str(record["class_label"])
+    return record.get("prompt", "")
+
+
+def _open(path: Path) -> Image.Image:
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except OSError as error:
+        raise DataError(f"'{path}' is not a readable image ({error}): delete it and run again") from error

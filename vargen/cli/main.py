@@ -1,0 +1,56 @@
+"""The ``vargen`` command. Commands import what they need when they run, so that help is instant."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from vargen import __version__
+from vargen.cli.convert import convert
+from vargen.cli.evaluate import evaluate
+from vargen.cli.models import models
+from vargen.cli.order import order
+from vargen.cli.reconstruct import reconstruct
+from vargen.cli.sample import sample
+from vargen.cli.train import train
+from vargen.errors import VargenError
+
+# plain help and errors: rich would cost a third of the start-up time and breaks lines in pipes
+app = typer.Typer(
+    name="vargen",
+    help="Visual autoregressive generation: sample, train, evaluate and convert models.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+for command in (sample, reconstruct, models, train, evaluate, convert, order):
+    app.command()(command)
+
+
+@app.callback()
+def common(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)] = False,
+) -> None:
+    if version:
+        typer.echo(f"vargen {__version__}")
+        raise typer.Exit()
+
+
+def main() -> None:
+    """Runs the command line. What the user can mend becomes one line on stderr and exit code 2; anything else keeps its traceback."""
+    try:
+        app()
+    except BrokenPipeError:
+        # the reader of our output has gone (`vargen models | head`): nothing to say, and nobody to say it to
+        sys.stderr.close()
+        sys.exit(1)
+    except (VargenError, OSError) as error:
+        print(f"vargen: error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,67 @@
+"""``vargen sample``: pictures from a model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vargen.cli.options import Device, Dtype, Quiet, parse_shard, read_prompts
+
+
+def sample(
+    model: Annotated[str, typer.Argument(help="Bundled name (see `vargen models`), directory or hub id.")],
+    class_labels: Annotated[
+        list[str] | None, typer.Option(help="Class numbers or names, e.g. 3,7; they cycle. By default all classes in turn.")
+    ] = None,
+    prompt: Annotated[list[str] | None, typer.Option(help="Text to draw; repeat it for several, they cycle.")] = None,
+    prompt_file: Annotated[Path | None, typer.Option(help="A file with one prompt per line.")] = None,
+    num: Annotated[int, typer.Option("--num", "-n", help="Number of images in all.")] = 16,
+    seed: Annotated[int, typer.Option(help="Image i of a seed is the same whatever the count, shard or restart.")] = 0,
+    guidance_scale: Annotated[float | None, typer.Option("--guidance-scale", "--cfg-scale", help="1 is no guidance.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="0 is greedy.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Keep the k likeliest tokens; 0 keeps all.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Keep the likeliest tokens up to this probability.")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Images per pass (16); the job keeps to it, and other sizes differ by rounding.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder; default outputs/<model>-<settings>.")] = None,
+    npz: Annotated[bool, typer.Option("--npz", help="Also write samples.npz for FID evaluators, shuffled.")] = False,
+    animate: Annotated[bool, typer.Option("--animate", help="Also write animation.gif of the tokens appearing in order.")] = False,
+    shard: Annotated[str, typer.Option(help="k/n: draw only the images whose number is k modulo n.")] = "0/1",
+    device: Device = None,
+    dtype: Dtype = "float32",
+    quiet: Quiet = False,
+) -> None:
+    """Draw pictures: numbered images, a labelled grid and a manifest.
+
+    A job that was stopped continues when the same command is run again.
+    """
+    part = parse_shard(shard)
+    prompts = [*(prompt or []), *(read_prompts(prompt_file) if prompt_file else [])]
+
+    from vargen.sample.job import sample as run
+
+    result = run(
+        model,
+        class_labels=class_labels or (),
+        prompts=prompts,
+        num=num,
+        seed=seed,
+        batch_size=batch_size,
+        output=output,
+        npz=npz,
+        animate=animate,
+        shard=part,
+        device=device,
+        dtype=dtype,
+        progress=not quiet,
+        guidance_scale=guidance_scale,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+    )
+    typer.echo(f"{result.done} of {result.num} images in {result.folder}")
+    for file in result.files:
+        typer.echo(str(file))
