@@ -147,7 +147,11 @@ def sample(
         if npz:
             files.append(write_npz(manifest, num, seed))
         if animate:
-            files.append(write_animation(manifest, pipe.visual_tokenizer, num, job.batch_size, lambda on: run_batch(pipe, job, range(job.batch_size), on)))
+            files.append(
+                write_animation(
+                    manifest, pipe.visual_tokenizer, num, job.batch_size, lambda on: run_batch(pipe, job, range(job.batch_size), on)
+                )
+            )
     return JobResult(folder, done, num, files)
 
 
@@ -275,7 +279,13 @@ def fingerprint(pipe: VisualARPipeline) -> str:
 
 
 def default_folder(
-    model: str, class_labels: Sequence[str], prompts: Sequence[str], seed: int, batch_size: int | None, dtype: str, settings: dict[str, Any]
+    model: str,
+    class_labels: Sequence[str],
+    prompts: Sequence[str],
+    seed: int,
+    batch_size: int | None,
+    dtype: str,
+    settings: dict[str, Any],
 ) -> Path:
     """``outputs/<model>-<settings>``: one folder for each job, with what the user has set in its name."""
     parts = [Path(model).name or "model"]

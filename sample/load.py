@@ -35,7 +35,9 @@ def resolve(model: str) -> str:
         return model
     if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", model):
         return model
-    raise CheckpointError(f"no model '{model}': expected a directory, a hub id (owner/name) or a bundled name{nearest(model, registry.BUNDLED)}")
+    raise CheckpointError(
+        f"no model '{model}': expected a directory, a hub id (owner/name) or a bundled name{nearest(model, registry.BUNDLED)}"
+    )
 
 
 def pick_device(device: str | None) -> torch.device:

@@ -88,7 +88,9 @@ class Manifest:
                 record = json.loads(line)
                 self.records.setdefault(int(record["index"]), record)
             except (ValueError, KeyError, TypeError) as error:
-                raise VargenError(f"'{self.path}' has a damaged line at byte {self._read}: delete that line and run again") from error
+                raise VargenError(
+                    f"'{self.path}' has a damaged line at byte {self._read}: delete that line and run again"
+                ) from error
             self._read += len(line) + 1
         if torn:
             handle.truncate(self._read)

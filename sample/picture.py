@@ -91,7 +91,9 @@ def grid(
     return sheet
 
 
-def side_by_side(rows: Sequence[Sequence[Image.Image]], titles: Sequence[str], captions: Sequence[str], side: int = 128) -> Image.Image:
+def side_by_side(
+    rows: Sequence[Sequence[Image.Image]], titles: Sequence[str], captions: Sequence[str], side: int = 128
+) -> Image.Image:
     """A sheet with one row per sample and one column per ``title``; each row has its caption at the right.
 
     Args:

@@ -25,7 +25,9 @@ def package_files() -> dict[str, bytes]:
     files = {}
     for folder in (ROOT / "vargen", *(ROOT / "vargen" / link for link in LINKS)):
         for path in folder.rglob("*"):
-            kept = path.suffix == ".py" or path.is_relative_to(ROOT / "vargen/configs") or path.is_relative_to(ROOT / "vargen/assets")
+            kept = (
+                path.suffix == ".py" or path.is_relative_to(ROOT / "vargen/configs") or path.is_relative_to(ROOT / "vargen/assets")
+            )
             if path.is_file() and kept and "__pycache__" not in path.parts:
                 files[str(path.relative_to(ROOT))] = path.read_bytes()
     return files

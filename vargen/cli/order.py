@@ -13,7 +13,9 @@ from vargen.errors import ConfigError
 
 def order(
     name: Annotated[str, typer.Argument(help="raster, neighbors, rows, frames, blocks, cells, subsamples, scales or image.")],
-    shape: Annotated[list[str], typer.Argument(help="Grid such as 8x8 or 4x8x8 (several for scales), then options such as size=4.")],
+    shape: Annotated[
+        list[str], typer.Argument(help="Grid such as 8x8 or 4x8x8 (several for scales), then options such as size=4.")
+    ],
     output: Annotated[Path, typer.Option("--output", "-o", help="PNG file.")] = Path("order.png"),
 ) -> None:
     """Draw a decoding order: cells coloured and numbered by the step that generates them.
