@@ -38,6 +38,10 @@ class VargenModel(ModelMixin, ConfigMixin):
             cls.__module_file__ = cls.__module__
             cls.__module__ = "vargen"
 
+    def __getattr__(self, name: str) -> Any:
+        # diffusers would answer with the configuration entry before looking at a submodule of the same name
+        return nn.Module.__getattr__(self, name)
+
     @classmethod
     def from_preset(cls, name: str, **overrides: Any) -> Any:
         """A freshly initialised model of a named size from the table beside the class."""

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from vargen.errors import VargenError
+from vargen.kernels.sample import inverse_cdf
 
 _GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as a signed 64-bit integer
 _MIX1 = -4658895280553007687  # 0xBF58476D1CE4E5B9
@@ -118,24 +119,6 @@ class Noise:
     def categorical(self, name: str, probs: Tensor, at: Sequence[Index] = ()) -> Tensor:
         """One index per distribution of ``probs`` ``(B, ..., V)`` (unnormalised), shape ``(B, ...)``."""
         return inverse_cdf(probs, self.uniform(name, probs.shape[1:-1], at, torch.float64))
-
-
-def inverse_cdf(probs: Tensor, uniform: Tensor) -> Tensor:
-    """Index drawn by one uniform per row: the number of entries of the float64 cumulative sum that are <= u * total.
-
-    Args:
-        probs: ``(..., V)``, non-negative, need not sum to one.
-        uniform: ``(...)`` in [0, 1).
-
-    Returns:
-        int64 ``(...)``.
-    """
-    cumulative = probs.double().cumsum(-1)
-    threshold = uniform.double().unsqueeze(-1) * cumulative[..., -1:]
-    index = torch.searchsorted(cumulative, threshold, right=True).squeeze(-1)
-    # a threshold that rounds up to the total would otherwise fall behind the last entry of non-zero probability
-    last = probs.shape[-1] - 1 - probs.flip(-1).ne(0).int().argmax(-1)
-    return torch.minimum(index, last)
 
 
 def as_noise(

@@ -11,7 +11,8 @@ from vargen.errors import VargenError
 class KVCache:
     """Keys and values of all layers in preallocated tensors ``(layers, B, heads, capacity, head_dim)``.
 
-    A forward pass of ``n`` slots calls :meth:`update` once per layer and then :meth:`advance`. Entries beyond ``length`` are scratch.
+    A forward pass of ``n`` slots calls :meth:`update` once per layer and then :meth:`advance`. Entries beyond
+    ``length`` are scratch.
 
     Attributes:
         length: number of valid entries.

@@ -11,8 +11,8 @@ from torch import Tensor
 def axial_angles(coordinates: Tensor, head_dim: int, base: float = 10000.0) -> Tensor:
     """Angles of cells with integer ``coordinates`` ``(S, axes)``: each axis takes an equal run of pairs, first axis first.
 
-    With ``a`` axes every axis has ``head_dim / (2 a)`` pairs with frequencies ``base ** (-2 i / (head_dim / a))``; one axis is plain
-    1D rotary, (row, column) is LlamaGen's and xAR's 2D table.
+    With ``a`` axes every axis has ``head_dim / (2 a)`` pairs with frequencies ``base ** (-2 i / (head_dim / a))``; one axis is
+    plain 1D rotary, (row, column) is LlamaGen's and xAR's 2D table.
 
     Returns:
         float32 ``(S, head_dim / 2)``.

@@ -1,0 +1,189 @@
+"""The shared causal decoder: prefix, embedding, blocks, heads at their depths; loss and decoding read the model's layout."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vargen.condition import Condition
+from vargen.decoding.engine import decode
+from vargen.decoding.protocols import State
+from vargen.errors import VargenError
+from vargen.guidance import Guidance
+from vargen.layout import Layout
+from vargen.model import Generator, OnStep, Sampling
+from vargen.nn.cache import KVCache
+from vargen.noise import Noise
+
+
+class PredictionHead(nn.Module):
+    """Final norm and output layer of one head, applied to the hidden states after ``depth`` blocks."""
+
+    def __init__(self, norm: nn.Module, dim: int, codebook_size: int, depth: int) -> None:
+        super().__init__()
+        self.depth = depth
+        self.norm = norm
+        self.linear = nn.Linear(dim, codebook_size, bias=False)
+
+
+class CausalGenerator(Generator):
+    """A causal or block-causal generator of discrete tokens.
+
+    A subclass builds, in ``__init__``: ``tokens`` (``nn.Embedding``), ``blocks`` (``nn.ModuleList`` of blocks with an ``attn``),
+    ``output_heads`` (``nn.ModuleList`` of :class:`PredictionHead`, by increasing depth), ``token_dropout`` and the attribute
+    ``layout``; and says how its prefix and its positions are made.
+    """
+
+    tokens: nn.Embedding
+    blocks: nn.ModuleList
+    output_heads: nn.ModuleList
+    token_dropout: nn.Module
+    layout: Layout
+    condition_dropout: float
+
+    @abstractmethod
+    def prefix(self, condition: Condition, drop: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Prefix embeddings ``(R, P, width)`` and the mask of valid ones, bool ``(R, P)`` or None.
+
+        ``drop``: bool ``(R,)``, rows whose condition is replaced by the null one.
+        """
+
+    def embed_slots(self, x: Tensor, slots: Tensor) -> Tensor:
+        """Adds what depends on the slot (absolute positions) to embeddings ``(R, n, width)``; nothing by default."""
+        return x
+
+    def rotary(self, slots: Tensor) -> Tensor | None:
+        """Rotary rows ``(n, head_dim / 2, 2)`` of ``slots`` (on any device); None without rotary embedding."""
+        return None
+
+    def extra_tokens(self, numbers: Tensor) -> Tensor:
+        """Embeddings ``(n, width)`` of the layout's extra tokens."""
+        raise VargenError(f"{type(self).__name__} has a layout with extra tokens but no embeddings for them")
+
+    def embed(self, prefix: Tensor, ids: Tensor, slots: Tensor) -> Tensor:
+        """Input embeddings ``(R, n, width)`` of CPU ``slots``: prefix rows, tokens ``ids`` ``(R, n)``, extra tokens."""
+        count = int((slots < self.layout.prefix).sum())
+        parts = [prefix[:, slots[:count].to(prefix.device)], self.tokens(ids[:, count:])]
+        x = torch.cat(parts, dim=1) if 0 < count < len(slots) else parts[0 if count else 1]
+        extra = self.layout.extra[slots]
+        if (extra >= 0).any():
+            places = torch.nonzero(extra >= 0).squeeze(1).to(x.device)
+            x = x.index_copy(1, places, self.extra_tokens(extra[extra >= 0].to(x.device)).to(x.dtype).expand(len(x), -1, -1))
+        return self.embed_slots(self.token_dropout(x), slots.to(x.device))
+
+    def trunk(self, x: Tensor, slots: Tensor, mask: Tensor | None, cache: KVCache | None, **block: Any) -> tuple[Tensor, ...]:
+        """All blocks; hidden states after each head's norm."""
+        rotary = self.rotary(slots.to(x.device))
+        causal = mask is None and cache is None
+        hidden: list[Tensor] = []
+        for depth, layer in enumerate(self.blocks, start=1):
+            x = layer(x, mask=mask, causal=causal, rotary=rotary, cache=cache, layer=depth - 1, **block)
+            hidden.extend(head.norm(x) for head in self.output_heads if head.depth == depth)
+        return tuple(hidden)
+
+    def block_options(self, extras: dict[str, Any]) -> dict[str, Any]:
+        """Arguments that blocks take from ``State.extras``, such as a context."""
+        return extras
+
+    def start(self, condition: Condition, batch_size: int, rows: int = 1, capacity: int | None = None) -> State:
+        drop = torch.arange(rows * batch_size, device=self.device) >= batch_size
+        stacked = condition.to(self.device).select(torch.arange(batch_size, device=self.device).repeat(rows))
+        prefix, valid = self.prefix(stacked, drop)
+        attn = self.blocks[0].attn
+        capacity = self.layout.num_inputs if capacity is None else capacity
+        cache = KVCache(len(self.blocks), len(drop), attn.kv_heads, capacity, attn.head_dim, prefix.dtype, prefix.device)  # type: ignore[union-attr, arg-type]
+        if valid is not None:
+            cache.visible = F.pad(valid, (0, capacity - valid.shape[1]), value=True)
+        return State(prefix, cache, self.context(stacked, drop))
+
+    def context(self, condition: Condition, drop: Tensor) -> dict[str, Any]:
+        """Further arguments of the blocks, with a row per row of the batch; none by default."""
+        return {}
+
+    def forward(self, state: State, ids: Tensor, slots: Tensor, mask: Tensor | None = None) -> tuple[Tensor, ...]:
+        x = self.embed(state.prefix, ids, slots)
+        hidden = self.trunk(x, slots, None if mask is None else mask.to(x.device), state.cache, **state.extras)
+        state.cache.advance(len(slots))
+        return hidden
+
+    def logits(self, hidden: Tensor, head: int = 0) -> Tensor:
+        return self.output_heads[head].linear(hidden).float()  # type: ignore[operator, union-attr]
+
+    def sequence(self, tokens: Tensor, condition: Condition, drop: Tensor, slots: Tensor | None = None) -> tuple[Tensor, ...]:
+        """One uncached pass over a whole sequence, the training path.
+
+        Args:
+            tokens: flat ids ``(B, num_cells)``.
+            drop: bool ``(B,)``, samples whose condition is dropped.
+            slots: CPU slots, all inputs by default.
+
+        Returns:
+            hidden states after each head's norm, ``(B, n, width)`` per head.
+        """
+        slots = torch.arange(self.layout.num_inputs) if slots is None else slots
+        prefix, valid = self.prefix(condition, drop)
+        ids = tokens[:, self.layout.cell[slots].clamp(min=0).to(tokens.device)]
+        x = self.embed(prefix, ids, slots)
+        mask: Tensor | None = None
+        if valid is not None or not self.layout.causal:
+            dense = self.layout.mask(slots, slots).to(x.device)[None, None]
+            if valid is not None:
+                visible = F.pad(valid, (0, len(slots) - valid.shape[1]), value=True)[:, None, None, :]
+                dense = (dense & visible) | torch.eye(len(slots), dtype=torch.bool, device=x.device)
+            mask = dense
+        return self.trunk(x, slots, mask, None, **self.context(condition, drop))
+
+    def assemble(self, hidden: tuple[Tensor, ...]) -> Tensor:
+        """Logits ``(B, num_cells, V)`` of every cell that has an edge, zeros elsewhere: the mean over its edges."""
+        edges = self.layout.edges.to(hidden[0].device)
+        used = edges >= 0
+        total: Tensor | None = None
+        for head, states in enumerate(hidden):
+            logits = self.logits(states[:, edges[head].clamp(min=0)], head)
+            if not used[head].all():
+                logits = logits * used[head].unsqueeze(-1)
+            total = logits if total is None else total + logits
+        assert total is not None
+        return total if len(hidden) == 1 else total / used.sum(0).clamp(min=1).unsqueeze(-1)
+
+    def training_losses(
+        self, tokens: Tensor, condition: Condition, noise: Noise | None = None, weight: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """Mean cross-entropy over predicted cells; ``weight`` ``(B,)`` weighs samples (LlamaGen's ``valid``)."""
+        self.space.check(tokens)
+        batch = self.check_condition(condition, len(tokens))
+        noise = noise or Noise(torch.seed(), batch, tokens.device)
+        drop = noise.uniform("condition_dropout") < self.condition_dropout
+        logits = self.assemble(self.sequence(tokens.flatten(1), condition, drop.to(tokens.device)))
+        predicted = (self.layout.edges >= 0).any(0).to(tokens.device)
+        loss = F.cross_entropy(logits.transpose(1, 2), tokens.flatten(1), reduction="none")[:, predicted]
+        if weight is None:
+            return {"loss": loss.mean()}
+        weight = weight.to(loss.dtype).unsqueeze(1).expand_as(loss)
+        return {"loss": (loss * weight).sum() / weight.sum().clamp(min=1)}
+
+    def generate(
+        self,
+        condition: Condition,
+        *,
+        batch_size: int | None = None,
+        noise: Noise | None = None,
+        guidance: Guidance | None = None,
+        sampling: Sampling | None = None,
+        on_step: OnStep | None = None,
+        **options: Any,
+    ) -> Tensor:
+        if options:
+            raise VargenError(f"{type(self).__name__}.generate has no option '{next(iter(options))}'")
+        batch = self.check_condition(condition, batch_size)
+        noise = noise or Noise(torch.seed(), batch)
+        training = self.training
+        self.eval()
+        try:
+            return decode(self, condition, batch, noise.to(self.device), guidance, sampling, on_step)  # type: ignore[arg-type]
+        finally:
+            self.train(training)

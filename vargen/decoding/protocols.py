@@ -1,0 +1,72 @@
+"""What decoding asks of a model. Speculative and plain drivers are written against these; models know nothing of drivers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from vargen.condition import Condition
+from vargen.layout import Layout
+from vargen.nn.cache import KVCache
+from vargen.space import TokenSpace
+
+
+@dataclass
+class State:
+    """What a causal model carries from pass to pass.
+
+    Attributes:
+        prefix: embedded prefix slots ``(rows * B, P, width)``.
+        cache: keys and values of the slots fed so far; its ``visible`` hides padded prefix slots.
+        extras: further tensors of the model's own with a row per row of the batch, such as a context for cross-attention.
+    """
+
+    prefix: Tensor
+    cache: KVCache
+    extras: dict[str, Any] = field(default_factory=dict)
+
+
+class CausalModel(Protocol):
+    """A causal or block-causal model of discrete tokens."""
+
+    @property
+    def layout(self) -> Layout: ...
+
+    @property
+    def space(self) -> TokenSpace: ...
+
+    def start(self, condition: Condition, batch_size: int, rows: int = 1, capacity: int | None = None) -> State:
+        """A state with an empty cache; ``rows`` 2 stacks [condition, null] for guidance.
+
+        ``capacity`` is the number of cache slots, all inputs of the layout by default.
+        """
+
+    def forward(self, state: State, ids: Tensor, slots: Tensor, mask: Tensor | None = None) -> tuple[Tensor, ...]:
+        """Hidden states after each head's final norm, one ``(R, n, width)`` per head, of ``slots`` fed behind the cache.
+
+        Args:
+            ids: ``(R, n)`` token ids; read only at slots of cells.
+            slots: CPU int64 ``(n,)``, which fix position codes; entries are appended to the cache.
+            mask: bool, broadcastable to ``(R, 1, n, cached + n)``; None lets every slot see everything visible in the cache.
+        """
+
+    def logits(self, hidden: Tensor, head: int = 0) -> Tensor:
+        """float32 ``(..., V)`` of a head's hidden states."""
+
+
+@dataclass(frozen=True)
+class HeadSample:
+    """Continuous tokens drawn by a head, with what speculation needs of their last denoising step.
+
+    Attributes:
+        tokens: ``(N, C)``.
+        mean, std: of the Gaussian of the last step (std includes the temperature), ``(N, C)``.
+        log_std_sum: sum over all earlier steps of the log standard deviation without temperature, ``(N, C)``.
+    """
+
+    tokens: Tensor
+    mean: Tensor
+    std: Tensor
+    log_std_sum: Tensor
