@@ -1,0 +1,32 @@
+"""Reductions over the processes of a distributed run; with a single process they return their argument."""
+
+from __future__ import annotations
+
+import torch.distributed as dist
+from torch import Tensor
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def all_sum(x: Tensor) -> Tensor:
+    """Sum over processes; carries no gradient."""
+    if world_size() == 1:
+        return x
+    x = x.detach().clone()
+    dist.all_reduce(x)
+    return x
+
+
+def all_mean(x: Tensor) -> Tensor:
+    """Mean over processes; carries no gradient."""
+    return x if world_size() == 1 else all_sum(x) / world_size()
+
+
+def from_first(x: Tensor) -> Tensor:
+    """The first process's value."""
+    if world_size() > 1:
+        x = x.detach().clone().contiguous()
+        dist.broadcast(x, src=0)
+    return x
