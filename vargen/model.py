@@ -120,11 +120,11 @@ class VisualTokenizer(VargenModel):
     """Turns pixels in [-1, 1], ``(B, 3, H, W)`` or ``(B, 3, T, H, W)``, into tokens and back.
 
     Attributes:
-        takes_text: ``encode`` and ``decode`` need captions (TexTok, TA-TiTok).
+        takes_text: ``encode`` and ``decode`` need captions (TexTok, TA-TiTok); a configuration may decide.
         video: pixels have a time axis.
     """
 
-    takes_text: ClassVar[bool] = False
+    takes_text: bool = False
     video: ClassVar[bool] = False
 
     @property
