@@ -12,6 +12,7 @@ PRESETS_ATTRIBUTE = "PRESETS"
 
 # public name -> module that defines it; `vargen.<name>` resolves lazily through this table
 PUBLIC: dict[str, str] = {
+    "CLIPTextEncoder": "vargen.text",
     "Condition": "vargen.condition",
     "Guidance": "vargen.guidance",
     "LlamaGen": "vargen.backbones.llamagen",
@@ -25,6 +26,7 @@ PUBLIC: dict[str, str] = {
     "VQTokenizer": "vargen.tokenizers.vq",
     "VisualARPipeline": "vargen.pipeline",
     "WordEncoder": "vargen.text",
+    "build_dataset": "vargen.data.base",
 }
 
 
