@@ -114,12 +114,11 @@ class Layout:
             used = self.edges[:, group]
             if (used < 0).all(0).any():
                 raise VargenError(f"the first {known + len(group)} tokens of this layout cannot be generated: they must be given")
-            stop = self._group_end(int(used.max()))
-            inputs = torch.arange(fed, stop)
-            source = torch.where(used >= 0, used - fed, used)
-            if (source < -1).any():
+            if (used[used >= 0] < fed).any():
                 raise VargenError("this order predicts a cell from slots of an earlier step, which cached decoding no longer has")
-            plans.append(Step(inputs, group, source, known))
+            stop = self._group_end(int(used.max()))
+            source = torch.where(used >= 0, used - fed, used)
+            plans.append(Step(torch.arange(fed, stop), group, source, known))
             fed = stop
         return plans
 

@@ -81,7 +81,10 @@ class LlamaGen(CausalGenerator):
         if dim % (4 * heads):
             raise ConfigError(f"width {dim} over {heads} heads: 2D rotary embedding needs head widths that are multiples of 4")
         self.condition_dropout = condition_dropout
-        self.layout = shifted(Order.raster(grid), 1 if text_dim is None else text_length)
+        # tables of places have values even where parameters are only declared (meta device)
+        with torch.device("cpu"):
+            self.layout = shifted(Order.raster(grid), 1 if text_dim is None else text_length)
+            rotary_rows = self._rotary_rows(columns=grid[1], head_dim=dim // heads, base=rope_base)
         if num_classes is not None:
             self.classes = ClassEmbedding(num_classes, dim)
         else:
@@ -106,14 +109,13 @@ class LlamaGen(CausalGenerator):
             for _ in range(depth)
         )
         self.output_heads = nn.ModuleList([PredictionHead(RMSNorm(dim, norm_eps), dim, codebook_size, depth)])
-        self.register_buffer("rotary_rows", self._rotary_rows(dim // heads, rope_base), persistent=False)
+        self.register_buffer("rotary_rows", rotary_rows, persistent=False)
         self.apply(self._initialise)
         nn.init.zeros_(self.output_heads[0].linear.weight)  # type: ignore[union-attr, arg-type]
 
-    def _rotary_rows(self, head_dim: int, base: float) -> Tensor:
+    def _rotary_rows(self, columns: int, head_dim: int, base: float) -> Tensor:
         """A row per slot: the angles of the slot's own cell, all zeros (cos included) for condition slots."""
         cell = self.layout.cell
-        columns = self.config.grid[1]
         coordinates = torch.stack([cell.clamp(min=0) // columns, cell.clamp(min=0) % columns], dim=1)
         return rotary_table(axial_angles(coordinates, head_dim, base), zero=cell < 0)
 

@@ -53,7 +53,8 @@ def decode(
 
     for index, step in enumerate(steps):
         slots, targets = step.inputs, step.targets.to(device)
-        ids = tokens[:, layout.cell[slots].clamp(min=0).to(device)].repeat(rows, 1)
+        # a broken row holds -1, which is reported at the end rather than by the embedding of the next step
+        ids = tokens[:, layout.cell[slots].clamp(min=0).to(device)].clamp(min=0).repeat(rows, 1)
         hidden = model.forward(state, ids, slots, step_mask(layout, slots, state.cache.visible))
         logits = mix(model, hidden, step)
         progress = Progress(index, len(steps), step.known, step.known + len(step.targets), layout.order.num_cells)
