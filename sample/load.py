@@ -22,7 +22,9 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def resolve(model: str) -> str:
-    """The directory or hub id behind ``model``. A bundled name wins over a directory of that name, which can be given as ``./name``.
+    """The directory or hub id behind ``model``.
+
+    A bundled name wins over a directory of that name, which can be given as ``./name``.
 
     Raises:
         CheckpointError: neither; names the nearest bundled model.

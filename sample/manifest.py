@@ -1,7 +1,7 @@
 """The record of a sampling job: ``job.json`` (what decides every image) and ``manifest.jsonl`` (a line for each finished image).
 
-Several processes may write to one folder. An image is renamed into place first and recorded after, under a lock on the manifest, so a
-job that is killed at any moment has lost at most unrecorded images, which a restart draws again, identical.
+Several processes may write to one folder. An image is renamed into place first and recorded after, under a lock on the manifest, so
+a job that is killed at any moment has lost at most unrecorded images, which a restart draws again, identical.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ JOB_FILE, MANIFEST_FILE = "job.json", "manifest.jsonl"
 
 
 class Manifest:
-    """The finished images of the job in ``folder``; opening it creates the folder or checks that it holds the same job.
+    """The finished images of the job in ``folder``. Nothing is written before :meth:`start`.
 
     Args:
         folder: where the images go.
@@ -37,21 +37,25 @@ class Manifest:
     def __init__(self, folder: Path, job: Mapping[str, Any]) -> None:
         self.folder = folder
         self.path = folder / MANIFEST_FILE
+        self.job = json.loads(json.dumps(job))
         self.records: dict[int, dict[str, Any]] = {}
         self._read = 0
         _refuse_strangers(folder)
+        _refuse_unwritable(folder)
+        self._refuse_other_job()
+        self.refresh()
+
+    def start(self) -> None:
+        """Makes the folder and records the job, unless that was done before."""
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            self.folder.mkdir(parents=True, exist_ok=True)
             self.path.touch()
         except OSError as error:
-            raise VargenError(f"cannot write to '{folder}': {error.strerror or error}") from error
-        with self._locked() as handle:
-            recorded = read_job(folder)
-            if recorded is None:
-                atomic_write(folder / JOB_FILE, lambda temporary: _write_json(temporary, job))
-            else:
-                _refuse_difference(folder, recorded, job)
-            self._refresh(handle)
+            raise VargenError(f"cannot write to '{self.folder}': {error.strerror or error}") from error
+        with self._locked():
+            self._refuse_other_job()
+            if not (self.folder / JOB_FILE).exists():
+                atomic_write(self.folder / JOB_FILE, self._write_job)
 
     def done(self, index: int) -> bool:
         """Image ``index`` is recorded and its file is there."""
@@ -70,8 +74,16 @@ class Manifest:
 
     def refresh(self) -> None:
         """Takes in what other processes have recorded."""
-        with self._locked() as handle:
-            self._refresh(handle)
+        if self.path.exists():
+            with self._locked() as handle:
+                self._refresh(handle)
+
+    def sweep(self) -> None:
+        """Deletes the temporary files that killed writers of recorded images have left."""
+        for path in self.folder.glob(".[0-9]*"):
+            number = path.name[1:].split(".")[0]
+            if number.isdecimal() and int(number) in self.records:
+                path.unlink(missing_ok=True)
 
     @contextmanager
     def _locked(self) -> Iterator[Any]:
@@ -79,8 +91,23 @@ class Manifest:
             fcntl.flock(handle, fcntl.LOCK_EX)
             yield handle
 
+    def _refuse_other_job(self) -> None:
+        recorded = read_job(self.folder)
+        if recorded is None:
+            return
+        for key in (*self.job, *recorded):
+            before, now = recorded.get(key), self.job.get(key)
+            if before != now:
+                raise VargenError(
+                    f"'{self.folder}' holds a job with {key} {_short(before)}, not {_short(now)}: "
+                    "choose another --output, or delete that folder"
+                )
+
+    def _write_job(self, path: Path) -> None:
+        path.write_text(json.dumps(self.job, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
     def _refresh(self, handle: Any) -> None:
-        """Reads lines not seen yet. Under the lock a line without an end can only be the last words of a killed writer: it is cut."""
+        """Reads lines not seen yet. Under the lock, a line without an end is the last word of a killed writer: it is cut."""
         handle.seek(self._read)
         *lines, torn = handle.read().split(b"\n")
         for line in lines:
@@ -111,10 +138,6 @@ def read_job(folder: Path) -> dict[str, Any] | None:
     return job
 
 
-def _write_json(path: Path, job: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(job, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
 def _refuse_strangers(folder: Path) -> None:
     if not folder.is_dir() or (folder / JOB_FILE).exists():
         return
@@ -123,9 +146,15 @@ def _refuse_strangers(folder: Path) -> None:
         raise VargenError(f"'{folder}' holds '{min(strangers)}' and is no sampling job: choose a new folder with --output")
 
 
-def _refuse_difference(folder: Path, recorded: Mapping[str, Any], job: Mapping[str, Any]) -> None:
-    for key in (*job, *recorded):
-        before, now = recorded.get(key), job.get(key)
-        if before != now:
-            what = "holds images of other weights" if key == "fingerprint" else f"was started with {key} {before}, not {now}"
-            raise VargenError(f"'{folder}' {what}: choose another --output, or delete it to start again")
+def _refuse_unwritable(folder: Path) -> None:
+    """Finds before the first image is drawn that none could be written."""
+    place = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    if not place.is_dir():
+        raise VargenError(f"cannot write to '{folder}': '{place}' is not a folder")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise VargenError(f"cannot write to '{folder}': no permission in '{place}'")
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else text[:57] + "..."

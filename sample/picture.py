@@ -122,7 +122,7 @@ def side_by_side(
 def draw_order(order: Order, side: int = 32) -> Image.Image:
     """The cells of an order, coloured from violet (first) to red (last) by step and marked with its number.
 
-    Grids of one or two axes are drawn as such, the planes of a third axis beside each other; the levels of several below each other.
+    The planes of a third axis are drawn beside each other, several levels below each other.
 
     Args:
         side: width of a cell in pixels; below 16 the numbers are left out.

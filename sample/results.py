@@ -1,28 +1,22 @@
-"""What a finished sampling job leaves besides its images: the labelled grid, the npz batch of FID evaluators, the animation."""
+"""What a finished sampling job leaves besides its images: the labelled grid and the npz batch of FID evaluators."""
 
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image
-from torch import Tensor
 
 from vargen.checkpoint import atomic_write
 from vargen.errors import DataError
-from vargen.model import OnStep, StepInfo, VisualTokenizer
 from vargen.noise import Noise
 from vargen.sample.manifest import Manifest
 from vargen.sample.motion import read_frames, save_gif
-from vargen.sample.picture import grid, save_image, to_images
+from vargen.sample.picture import grid, save_image
 
 GRID_LIMIT = 100
-ANIMATION_LIMIT = 16
-ANIMATION_FRAMES = 48
-_UNKNOWN = 0.25  # pixels in [-1, 1] of cells that have no token yet: a light grey
 
 
 def write_grid(manifest: Manifest, num: int, class_names: Sequence[str] | None = None) -> Path:
@@ -43,7 +37,7 @@ def write_grid(manifest: Manifest, num: int, class_names: Sequence[str] | None =
 
 
 def write_npz(manifest: Manifest, num: int, seed: int) -> Path:
-    """``samples.npz``: ``arr_0`` uint8 ``(num, H, W, 3)`` and, where there are conditions, ``arr_1`` labels or prompts in the same order.
+    """``samples.npz``: ``arr_0`` uint8 ``(num, H, W, 3)`` and ``arr_1``, its labels or prompts where the model takes them.
 
     The order is a permutation fixed by the seed: the ADM evaluator computes Inception Scores over blocks of the file, and a
     class-sorted file would ruin them. Images are streamed, so that memory does not grow with their number.
@@ -70,49 +64,6 @@ def write_npz(manifest: Manifest, num: int, seed: int) -> Path:
 
     atomic_write(path, write)
     return path
-
-
-def write_animation(
-    manifest: Manifest, tokenizer: VisualTokenizer, num: int, batch_size: int, run: Callable[[OnStep], Tensor]
-) -> Path:
-    """``animation.gif``: the first images (at most 16) while their tokens appear, in about 48 frames.
-
-    Args:
-        run: draws the job's first batch, calling back after each step; the last frame shows the pixels that it returns.
-    """
-    shown = min(num, batch_size, ANIMATION_LIMIT)
-    frames: list[Tensor] = []
-
-    def on_step(step: StepInfo) -> None:
-        every = max(1, step.total // ANIMATION_FRAMES)
-        if step.index % every == 0 and step.index + 1 < step.total:
-            frames.append(partial_pixels(tokenizer, step.tokens[:shown], step.known))
-
-    frames.append(run(on_step)[:shown])
-    stills = [f if f.dim() == 4 else f[:, :, f.shape[2] // 2] for f in frames]
-    path = manifest.folder / "animation.gif"
-    save_gif([grid(to_images(still)) for still in stills], path, hold=2.0)
-    return path
-
-
-@torch.inference_mode()
-def partial_pixels(tokenizer: VisualTokenizer, tokens: Tensor, known: Tensor) -> Tensor:
-    """Pixels of unfinished tokens: decoded as they are, and grey as far as their cells are not ``known``.
-
-    Tokens of an ordered space are decoded as the prefix that is known. Those of other 1D tokenizers, and of several levels, have no
-    place of their own in the picture, which is then shown whole.
-
-    Args:
-        tokens: ``(B, *token_shape)``, zeros where nothing is known.
-        known: ``(*grid)`` in [0, 1].
-    """
-    if tokenizer.space.ordered:
-        return tokenizer.decode(tokens[:, : max(1, int(known.sum()))])
-    pixels = tokenizer.decode(tokens)
-    if known.dim() != pixels.dim() - 2 or len(tokenizer.space.levels) > 1:
-        return pixels
-    mask = torch.nn.functional.interpolate(known[None, None].to(pixels), size=pixels.shape[2:], mode="nearest")
-    return torch.lerp(torch.full_like(pixels, _UNKNOWN), pixels, mask)
 
 
 def _label(record: dict, class_names: Sequence[str] | None) -> str:

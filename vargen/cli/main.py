@@ -40,7 +40,7 @@ def common(
 
 
 def main() -> None:
-    """Runs the command line. What the user can mend becomes one line on stderr and exit code 2; anything else keeps its traceback."""
+    """Runs the command line: what the user can mend becomes one line on stderr and exit code 2, anything else a traceback."""
     try:
         app()
     except BrokenPipeError:

@@ -41,7 +41,7 @@ def sample(
     part = parse_shard(shard)
     prompts = [*(prompt or []), *(read_prompts(prompt_file) if prompt_file else [])]
 
-    from vargen.sample.job import sample as run
+    from vargen.sample.images import sample as run
 
     result = run(
         model,

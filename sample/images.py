@@ -1,0 +1,124 @@
+"""``vargen sample``: a model's name and settings to a folder of images, with their grid, npz batch and animation."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from vargen.errors import VargenError
+from vargen.sample.animation import write_animation
+from vargen.sample.job import DEFAULT_BATCH_SIZE, draw, make_job
+from vargen.sample.load import load_pipeline
+from vargen.sample.manifest import Manifest, read_job
+from vargen.sample.results import write_grid, write_npz
+
+
+@dataclass(frozen=True)
+class JobResult:
+    """Where a job's results are.
+
+    Attributes:
+        folder: the job's folder.
+        done, num: finished images, and images asked for; grid, npz and animation are written once they are equal.
+        files: what was written besides the images.
+    """
+
+    folder: Path
+    done: int
+    num: int
+    files: list[Path]
+
+
+def sample(
+    model: str,
+    *,
+    class_labels: Sequence[str] = (),
+    prompts: Sequence[str] = (),
+    num: int = 16,
+    seed: int = 0,
+    batch_size: int | None = None,
+    output: str | Path | None = None,
+    npz: bool = False,
+    animate: bool = False,
+    shard: tuple[int, int] = (0, 1),
+    device: str | None = None,
+    dtype: str = "float32",
+    progress: bool = True,
+    **settings: Any,
+) -> JobResult:
+    """Draws ``num`` images into a folder, continuing where an earlier run of the same job stopped.
+
+    Args:
+        model: bundled name, directory or hub id.
+        class_labels: class numbers or names, each item one or several separated by commas; prompts: texts. Both cycle.
+        batch_size: images per forward pass; without it that of the folder's job, or 16.
+        output: the folder; without it ``outputs/<model>-<settings>``.
+        npz: also write ``samples.npz`` for FID evaluators; animate: also write ``animation.gif``.
+        shard: ``(k, n)``, draw only the images whose number is k modulo n.
+        settings: ``guidance_scale, temperature, top_k, top_p`` or the model's own options; None means the model's default.
+
+    Raises:
+        VargenError: no such model or label, a folder of another job, or one that cannot be written.
+    """
+    if num < 1:
+        raise VargenError(f"num {num}: expected at least 1")
+    if batch_size is not None and batch_size < 1:
+        raise VargenError(f"batch size {batch_size}: expected at least 1")
+    if not 0 <= shard[0] < shard[1]:
+        raise VargenError(f"shard {shard[0]}/{shard[1]}: expected k/n with 0 <= k < n")
+    folder = Path(output) if output is not None else default_folder(model, class_labels, prompts, seed, batch_size, dtype, settings)
+    pipe = load_pipeline(model, device, dtype)
+    if npz and pipe.visual_tokenizer.video:
+        raise VargenError("npz batches hold images; this model draws videos: leave --npz out")
+    recorded = read_job(folder) or {}
+    job = make_job(
+        pipe,
+        model,
+        class_labels=class_labels,
+        prompts=prompts,
+        seed=seed,
+        batch_size=batch_size or recorded.get("batch_size", DEFAULT_BATCH_SIZE),
+        dtype=dtype,
+        settings=settings,
+    )
+    manifest = Manifest(folder, asdict(job))
+    draw(pipe, job, manifest, range(shard[0], num, shard[1]), progress)
+    manifest.refresh()
+    done = sum(manifest.done(index) for index in range(num))
+    files: list[Path] = []
+    if done == num:
+        manifest.sweep()
+        files.append(write_grid(manifest, num, pipe.config.class_names))
+        if npz:
+            files.append(write_npz(manifest, num, seed))
+        if animate:
+            files.append(write_animation(pipe, job, folder, num))
+    return JobResult(folder, done, num, files)
+
+
+def default_folder(
+    model: str,
+    class_labels: Sequence[str],
+    prompts: Sequence[str],
+    seed: int,
+    batch_size: int | None,
+    dtype: str,
+    settings: dict[str, Any],
+) -> Path:
+    """``outputs/<model>-<settings>``: one folder for each job, with what the user has set in its name."""
+    parts = [Path(model).name or "model"]
+    if class_labels:
+        parts.append("class" + ",".join(class_labels))
+    if prompts:
+        parts.append(prompts[0][:32] + (f"+{len(prompts) - 1}" if len(prompts) > 1 else ""))
+        parts.append(hashlib.blake2b("\n".join(prompts).encode(), digest_size=3).hexdigest())
+    short = {"guidance_scale": "cfg", "temperature": "t", "top_k": "k", "top_p": "p"}
+    parts += [f"{short.get(key, key)}{value}" for key, value in settings.items() if value is not None]
+    parts += [f"batch{batch_size}"] if batch_size else []
+    parts += [dtype] if dtype != "float32" else []
+    name = re.sub(r"[^\w.,+-]+", "_", "-".join([*parts, f"seed{seed}"]))
+    return Path("outputs") / name[:200]
