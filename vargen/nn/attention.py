@@ -189,10 +189,18 @@ class CrossAttention(nn.Module):
     """Queries from ``x`` ``(B, N, dim)``, keys and values from a context ``(B, M, context_dim)``."""
 
     def __init__(
-        self, dim: int, context_dim: int, heads: int, *, bias: bool = True, out_bias: bool = True, dropout: float = 0.0
+        self,
+        dim: int,
+        context_dim: int,
+        heads: int,
+        *,
+        bias: bool = True,
+        out_bias: bool = True,
+        attn_dropout: float = 0.0,
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads, self.attn_dropout = heads, attn_dropout
         self.q = nn.Linear(dim, dim, bias=bias)
         self.kv = nn.Linear(context_dim, 2 * dim, bias=bias)
         self.out = nn.Linear(dim, dim, bias=out_bias)
@@ -202,5 +210,6 @@ class CrossAttention(nn.Module):
         """``mask``: bool ``(B, M)``, True at context tokens that may be seen."""
         q = self.q(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         k, v = self.kv(context).unflatten(-1, (2 * self.heads, -1)).transpose(1, 2).chunk(2, dim=1)
-        y = attention(q, k, v, None if mask is None else mask[:, None, None, :])
+        mask = None if mask is None else mask[:, None, None, :]
+        y = attention(q, k, v, mask, dropout=self.attn_dropout if self.training else 0.0)
         return self.dropout(self.out(y.transpose(1, 2).flatten(2)))

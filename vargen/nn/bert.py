@@ -28,7 +28,7 @@ class BertLayer(nn.Module):
         dim, heads: width and attention heads.
         mlp_hidden: hidden width of the feed-forward layer.
         context_dim: width of the context of the cross-attention; None for a layer without one.
-        dropout, attn_dropout: after every output projection, and on the self-attention weights.
+        dropout, attn_dropout: after every output projection, and on the attention weights.
     """
 
     def __init__(
@@ -43,9 +43,10 @@ class BertLayer(nn.Module):
         attn_dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        self.attn = Attention(dim, heads, attn_dropout=attn_dropout, dropout=dropout)
+        rates = {"attn_dropout": attn_dropout, "dropout": dropout}
+        self.attn = Attention(dim, heads, **rates)
         self.norm = LayerNorm(dim, norm_eps)
-        self.cross = None if context_dim is None else CrossAttention(dim, context_dim, heads, dropout=dropout)
+        self.cross = None if context_dim is None else CrossAttention(dim, context_dim, heads, **rates)
         self.norm_cross = None if context_dim is None else LayerNorm(dim, norm_eps)
         self.feed = PostNormMLP(dim, mlp_hidden, norm_eps=norm_eps, dropout=dropout)
 
