@@ -1,4 +1,5 @@
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -41,7 +42,7 @@ def test_cosine_schedule_reveals_at_least_one_token_per_step(tokens, data):
     counts = [tokens, *after]
     assert len(after) == steps
     assert after[-1] == 0
-    assert all(a > b for a, b in zip(counts, counts[1:]))
+    assert all(a > b for a, b in pairwise(counts))
 
 
 def test_cosine_schedule_is_mars():

@@ -115,9 +115,20 @@ def test_padding_of_text_does_not_matter():
     )
 
 
-@pytest.mark.parametrize("name, count", [("B", 110_888_448), ("L", 342_910_976), ("XL", 774_699_520), ("XXL", 1_410_972_672),
-                                         ("3B", 3_096_659_200), ("1B", 1_199_616_000), ("XXXL", 3_893_027_840), ("7B", 6_614_589_440),
-                                         ("XL-t2i", 777_678_080)])  # fmt: skip
+SIZES = {
+    "B": 110_888_448,
+    "L": 342_910_976,
+    "XL": 774_699_520,
+    "XXL": 1_410_972_672,
+    "3B": 3_096_659_200,
+    "1B": 1_199_616_000,
+    "XXXL": 3_893_027_840,
+    "7B": 6_614_589_440,
+    "XL-t2i": 777_678_080,
+}
+
+
+@pytest.mark.parametrize("name, count", SIZES.items())
 def test_presets_have_the_published_sizes(name, count):
     with torch.device("meta"):
         model = LlamaGen(**PRESETS[name])
