@@ -121,10 +121,12 @@ class VisualTokenizer(VargenModel):
 
     Attributes:
         takes_text: ``encode`` and ``decode`` need captions (TexTok, TA-TiTok); a configuration may decide.
+        text_shape: most tokens that a caption may have, and the width of their features; None if any will do.
         video: pixels have a time axis.
     """
 
     takes_text: bool = False
+    text_shape: tuple[int, int] | None = None
     video: ClassVar[bool] = False
 
     @property
@@ -166,13 +168,20 @@ class VisualTokenizer(VargenModel):
         return pixels
 
     def check_text(self, text: TextFeatures | None, batch_size: int) -> None:
-        """Raises VargenError for text where none is taken, none where text is needed, or another batch size."""
+        """Raises VargenError for text where none is taken, none where text is needed, another batch size, or features that do not fit."""
         if self.takes_text and text is None:
             raise VargenError(f"{type(self).__name__} needs captions: pass text=TextFeatures(...)")
         if text is not None and not self.takes_text:
             raise VargenError(f"{type(self).__name__} takes no text: leave text out")
         if text is not None and text.mask.shape[0] != batch_size:
             raise VargenError(f"{text.mask.shape[0]} captions for {batch_size} samples: expected one each")
+        if text is not None and self.text_shape is not None:
+            (length, width), (most, expected) = text.features.shape[1:], self.text_shape
+            if length > most or width != expected:
+                raise VargenError(
+                    f"{type(self).__name__}: captions of {length} tokens of width {width}, expected at most {most} of width {expected}; "
+                    "use the text encoder that it was trained with"
+                )
 
 
 @dataclass(frozen=True)
