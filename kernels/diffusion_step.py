@@ -35,12 +35,13 @@ def adaln_linear(
     """``Linear(LayerNorm(h) * (1 + scale) + shift)``.
 
     Args:
-        h, shift, scale: ``(N, C)``.
+        h: ``(..., C)``.
+        shift, scale: broadcast to the shape of ``h``.
         ln_weight, ln_bias: ``(C,)``, or None for a norm without affine part.
         weight, bias: ``(M, C)`` and ``(M,)``.
 
     Returns:
-        ``(N, M)``.
+        ``(..., M)``.
     """
     u = F.layer_norm(h, h.shape[-1:], ln_weight, ln_bias, eps) * (1 + scale) + shift
     return F.linear(u, weight, bias)
@@ -62,13 +63,14 @@ def adaln_mlp_block(
     """``h + gate * Linear(SiLU(Linear(LayerNorm(h) * (1 + scale) + shift)))``.
 
     Args:
-        h, shift, scale, gate: ``(N, C)``.
+        h: ``(..., C)``.
+        shift, scale, gate: broadcast to the shape of ``h``.
         ln_weight, ln_bias: ``(C,)``, or None for a norm without affine part.
         w1, b1: ``(M, C)`` and ``(M,)``.
         w2, b2: ``(C, M)`` and ``(C,)``.
 
     Returns:
-        ``(N, C)``.
+        ``(..., C)``.
     """
     u = F.silu(adaln_linear(h, shift, scale, ln_weight, ln_bias, w1, b1, eps))
     return h + gate * F.linear(u, w2, b2)
@@ -92,16 +94,16 @@ def ddpm_update(
         x'   = mean + c.noise_scale * exp((f * c.log_variance_max + (1 - f) * c.log_variance_min) / 2) * noise
 
     Args:
-        x: ``(N, C)`` noisy tokens.
-        eps, null_eps: ``(N, C)`` predicted noise with and without the condition; ``null_eps`` None for no guidance.
-        v: ``(N, C)`` predicted interpolation of the log variance, -1..1.
-        noise: ``(N, C)`` standard normal draws.
+        x: ``(..., C)`` noisy tokens.
+        eps, null_eps: ``(..., C)`` predicted noise with and without the condition; ``null_eps`` None for no guidance.
+        v: ``(..., C)`` predicted interpolation of the log variance, -1..1.
+        noise: ``(..., C)`` standard normal draws.
         coefficients: float32 ``(7,)``, ordered as ``DDPM_COEFFICIENTS``: sqrt(1/abar), sqrt(1/abar - 1), the two factors of the
             posterior mean, the clipped posterior log variance, log beta, and the temperature (0 at the last step). A tensor, so
             that a captured graph can take it from a table on the device.
 
     Returns:
-        ``(N, C)`` in the dtype of ``x``.
+        ``(..., C)`` in the dtype of ``x``.
     """
     x0_from_x, x0_from_eps, mean_from_x0, mean_from_x, log_min, log_max, noise_scale = coefficients.float().unbind()
     noisy, e = x.float(), eps.float()

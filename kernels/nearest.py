@@ -5,8 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from vargen.errors import VargenError
+
 # distances held at once: 64 MiB of float32
 _BLOCK_ELEMENTS = 2**24
+
+
+def check_nearest(z: Tensor, codebook: Tensor) -> None:
+    """Raises VargenError where the arguments of :func:`nearest_code` do not fit together."""
+    if z.dim() != 2 or codebook.dim() != 2 or z.shape[1] != codebook.shape[1] or not len(codebook):
+        raise VargenError(f"nearest_code of {tuple(z.shape)} in {tuple(codebook.shape)}: expected (N, D) and (K, D) with K > 0")
 
 
 @torch.no_grad()
@@ -22,7 +30,11 @@ def nearest_code(z: Tensor, codebook: Tensor) -> Tensor:
 
     Returns:
         int64 ``(N,)``, in [0, K).
+
+    Raises:
+        VargenError: shapes that do not fit.
     """
+    check_nearest(z, codebook)
     with torch.autocast(z.device.type, enabled=False):
         z, codebook = z.float(), codebook.float()
         code_norms = codebook.square().sum(-1)

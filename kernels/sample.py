@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from vargen.errors import VargenError
+
 MIN_TEMPERATURE = 1e-5
 
 
@@ -64,6 +66,15 @@ def filter_logits(logits: Tensor, temperature: float = 1.0, top_k: int = 0, top_
     return logits
 
 
+def check_sample(cond: Tensor, null: Tensor | None, uniform: Tensor, top_p: float) -> None:
+    """Raises VargenError where the arguments of :func:`guided_sample` do not fit together."""
+    if cond.dim() != 3 or (null is not None and null.shape != cond.shape) or uniform.shape != cond.shape[:2] or not cond.shape[2]:
+        shapes = ", ".join(str(tuple(t.shape)) for t in (cond, null, uniform) if t is not None)
+        raise VargenError(f"guided_sample of shapes {shapes}: expected logits (B, T, V), twice with guidance, and uniforms (B, T)")
+    if not 0.0 < top_p <= 1.0:
+        raise VargenError(f"top_p {top_p}: expected a share in (0, 1]; 1 keeps all tokens")
+
+
 def guided_sample(
     cond: Tensor,
     null: Tensor | None,
@@ -89,7 +100,11 @@ def guided_sample(
 
     Returns:
         int64 ``(B, T)``.
+
+    Raises:
+        VargenError: shapes that do not fit, or a top_p outside (0, 1].
     """
+    check_sample(cond, null, uniform, top_p)
     logits = guided_logits(cond, null, scale)
     if greedy:
         largest, index = logits.max(-1)
