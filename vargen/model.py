@@ -168,7 +168,7 @@ class VisualTokenizer(VargenModel):
         return pixels
 
     def check_text(self, text: TextFeatures | None, batch_size: int) -> None:
-        """Raises VargenError for text where none is taken, none where text is needed, another batch size, or features that do not fit."""
+        """Raises VargenError for text where none is taken, none where it is needed, other batch sizes or features that do not fit."""
         if self.takes_text and text is None:
             raise VargenError(f"{type(self).__name__} needs captions: pass text=TextFeatures(...)")
         if text is not None and not self.takes_text:
@@ -179,8 +179,8 @@ class VisualTokenizer(VargenModel):
             (length, width), (most, expected) = text.features.shape[1:], self.text_shape
             if length > most or width != expected:
                 raise VargenError(
-                    f"{type(self).__name__}: captions of {length} tokens of width {width}, expected at most {most} of width {expected}; "
-                    "use the text encoder that it was trained with"
+                    f"{type(self).__name__}: captions of {length} tokens of width {width}, expected at most {most} tokens of width "
+                    f"{expected}; use the text encoder that it was trained with"
                 )
 
 
@@ -236,7 +236,8 @@ class Generator(VargenModel):
     """A model of tokens given a condition.
 
     Attributes:
-        conditioning: kinds of condition it takes, a subset of ``("class", "text", "tokens")``; empty for unconditional models.
+        conditioning: parts of a :class:`Condition` that it takes, of ``class``, ``text``, ``text_ids``, ``tokens`` (given ones, to be
+            continued) and ``context``; empty for unconditional models.
     """
 
     @property
@@ -288,10 +289,13 @@ class Generator(VargenModel):
             ):
                 bad = labels[(labels < 0) | (labels >= self.num_classes)][0]
                 raise VargenError(f"class label {int(bad)}: expected 0..{self.num_classes - 1}")
-        if condition.text is not None and "text" not in self.conditioning:
-            raise VargenError(f"{type(self).__name__} takes no text; it is conditioned on {self.conditioning or 'nothing'}")
-        if condition.tokens is not None and "tokens" not in self.conditioning:
-            raise VargenError(f"{type(self).__name__} cannot be given tokens to continue from")
+        parts = {"text": condition.text, "text_ids": condition.text_ids, "tokens": condition.tokens, "context": condition.context}
+        for name, part in parts.items():
+            if part is not None and name not in self.conditioning:
+                given = {"text": "text", "text_ids": "text ids", "tokens": "tokens to continue", "context": "a context"}[name]
+                raise VargenError(
+                    f"{type(self).__name__} takes no {given}; it is conditioned on {', '.join(self.conditioning) or 'nothing'}"
+                )
         size = condition.batch_size if condition.batch_size is not None else batch_size
         if size is None:
             raise VargenError(f"{type(self).__name__}: give a condition or batch_size")
