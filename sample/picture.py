@@ -18,7 +18,8 @@ from vargen.order import Order
 
 _MARGIN = 4
 _FONT_SIZE = 12
-_PAPER, _INK = (255, 255, 255), (20, 20, 20)
+_LABEL_LINES = 3
+_PAPER, _INK = (232, 232, 236), (20, 20, 20)
 
 
 def to_uint8(pixels: Tensor) -> np.ndarray:
@@ -66,7 +67,7 @@ def grid(
 
     Args:
         images: of one size.
-        labels: a short text for each; longer than the image is wide, they are cut and end in an ellipsis.
+        labels: a text for each, wrapped to the image's width; after three lines it is cut and ends in an ellipsis.
         columns: images in a row; without it the sheet is about square.
         side: small images are enlarged by a whole factor up to this many pixels.
     """
@@ -76,18 +77,18 @@ def grid(
         raise VargenError(f"{len(labels)} labels for {len(images)} images: expected one each")
     tiles = [enlarge(image, side) for image in images]
     columns = min(columns or math.ceil(math.sqrt(len(tiles))), len(tiles))
-    rows = math.ceil(len(tiles) / columns)
+    font = ImageFont.load_default(_FONT_SIZE)
+    texts = [_wrap(label, tile.width, font) for label, tile in zip(labels, tiles)] if labels else [""] * len(tiles)
+    text_height = max(text.count("\n") + 1 for text in texts) * (_FONT_SIZE + _MARGIN) if labels else 0
     width = max(tile.width for tile in tiles) + _MARGIN
-    height = max(tile.height for tile in tiles) + _MARGIN + (_FONT_SIZE + _MARGIN if labels else 0)
-    sheet = Image.new("RGB", (columns * width + _MARGIN, rows * height + _MARGIN), _PAPER)
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(_FONT_SIZE)
-    for index, tile in enumerate(tiles):
+    height = max(tile.height for tile in tiles) + _MARGIN + text_height
+    sheet = Image.new("RGB", (columns * width + _MARGIN, math.ceil(len(tiles) / columns) * height + _MARGIN), _PAPER)
+    draw = ImageDraw.Draw(sheet)
+    for index, (tile, text) in enumerate(zip(tiles, texts)):
         row, column = divmod(index, columns)
         left, top = column * width + _MARGIN, row * height + _MARGIN
         sheet.paste(tile, (left, top))
-        if labels:
-            text = _fit(labels[index], tile.width, draw, font)
-            draw.text((left + tile.width / 2, top + tile.height + 1), text, fill=_INK, font=font, anchor="ma")
+        draw.multiline_text((left + tile.width / 2, top + tile.height + 1), text, fill=_INK, font=font, anchor="ma", align="center")
     return sheet
 
 
@@ -101,11 +102,10 @@ def side_by_side(
     """
     tiles = [[enlarge(image, side) for image in row] for row in rows]
     font = ImageFont.load_default(_FONT_SIZE)
-    measure = ImageDraw.Draw(Image.new("RGB", (1, 1)))
-    titles_width = max(math.ceil(measure.textlength(title, font=font)) for title in titles)
+    titles_width = max(math.ceil(font.getlength(title)) for title in titles)
     width = max(max(tile.width for row in tiles for tile in row), titles_width) + _MARGIN
     height = max(tile.height for row in tiles for tile in row) + _MARGIN
-    beside = max((math.ceil(measure.textlength(caption, font=font)) for caption in captions), default=0) + 2 * _MARGIN
+    beside = max((math.ceil(font.getlength(caption)) for caption in captions), default=0) + 2 * _MARGIN
     top = _FONT_SIZE + 2 * _MARGIN
     sheet = Image.new("RGB", (len(titles) * width + beside + _MARGIN, top + len(tiles) * height), _PAPER)
     draw = ImageDraw.Draw(sheet)
@@ -161,9 +161,23 @@ def _step_colour(step: int, total: int) -> tuple[int, int, int]:
     return round(red * 255), round(green * 255), round(blue * 255)
 
 
-def _fit(text: str, width: int, draw: ImageDraw.ImageDraw, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
-    if draw.textlength(text, font=font) <= width:
-        return text
-    while text and draw.textlength(text + "…", font=font) > width:
-        text = text[:-1]
-    return text + "…"
+def _wrap(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
+    """``text`` on lines of at most ``width`` pixels, broken between words; what a word or the last line has too much is cut."""
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if font.getlength(longer) <= width or not lines[-1]:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    if len(lines) > _LABEL_LINES:
+        lines = [*lines[: _LABEL_LINES - 1], " ".join(lines[_LABEL_LINES - 1 :])]
+    return "\n".join(_cut(line, width, font) for line in lines)
+
+
+def _cut(line: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
+    if font.getlength(line) <= width:
+        return line
+    while line and font.getlength(line + "…") > width:
+        line = line[:-1]
+    return line + "…"
