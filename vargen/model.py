@@ -168,7 +168,7 @@ class VisualTokenizer(VargenModel):
         return pixels
 
     def check_text(self, text: TextFeatures | None, batch_size: int) -> None:
-        """Raises VargenError for text where none is taken, none where it is needed, other batch sizes or features that do not fit."""
+        """Raises VargenError for text where none is taken, none where it is needed, or features that do not fit."""
         if self.takes_text and text is None:
             raise VargenError(f"{type(self).__name__} needs captions: pass text=TextFeatures(...)")
         if text is not None and not self.takes_text:
