@@ -8,6 +8,12 @@ from einops import rearrange
 from torch import Tensor
 
 from tests.parity.runner import Case, capture, checkpoint_file, component
+from vargen.checkpoint import load_strictly
+from vargen.losses import adversarial
+from vargen.losses.discriminators import PatchGAN
+from vargen.losses.objective import TokenizerObjective
+from vargen.losses.perceptual import LPIPS
+from vargen.model import TokenizerOutput
 from vargen.official.llamagen_vq import load, official_key, to_official
 from vargen.tokenizers.vq import VQTokenizer
 
@@ -121,4 +127,87 @@ def decoder(case: Case) -> dict[str, Tensor]:
         **{label: value[:, :4] for label, value in after.items()},
         "codebook_entry": channels_first(model.quantizer.lookup(case.inputs["codes"])),
         "image": image,
+    }
+
+
+@component("llamagen", "vqloss")
+def objective(case: Case) -> dict[str, Tensor]:
+    c, inputs = case.config, case.inputs
+    loss_names = {"hinge": "hinge", "vanilla": "vanilla", "non-saturating": "swapped"}
+    options = {"width": c["disc_dim"], "num_layers": c["disc_num_layers"]}
+    with checkpoint_file(case.state32("perceptual_loss.")) as path:
+        terms = TokenizerObjective(
+            reconstruction=c["reconstruction_loss"],
+            reconstruction_weight=c["reconstruction_weight"],
+            perceptual=path,
+            perceptual_weight=c["perceptual_weight"],
+            discriminator=c["disc_type"],
+            discriminator_options=options,
+            generator_loss=loss_names[c["gen_adv_loss"]],
+            discriminator_loss=loss_names[c["disc_loss"]],
+            adversarial_weight=c["disc_weight"],
+            discriminator_weight=c["disc_weight"],
+            discriminator_start=c["disc_start"],
+            use_adaptive_weight=True,
+        )
+    lpips, discriminator = terms.perceptual, terms.discriminator
+    assert isinstance(lpips, LPIPS)
+    assert isinstance(discriminator, PatchGAN)
+    stored = case.state32("discriminator.")
+    x, start = inputs["x"], c["disc_start"]
+
+    def restart(training: bool) -> None:
+        """The discriminator as stored, in the given mode; LPIPS without dropout."""
+        load_strictly(discriminator, stored)
+        terms.train(training)
+        lpips.eval()
+
+    restart(False)
+    features = lpips.features(x)
+    out = {f"vgg_feature_{i}": feature[:, :4] for i, feature in enumerate(features)}
+    out["lpips_per_image"] = lpips(x, inputs["recon"]).reshape(-1, 1, 1, 1)
+    out["disc_logits_real_eval"] = discriminator(x)
+    out["disc_logits_fake_eval"] = discriminator(inputs["recon"])
+
+    restart(True)
+    out["disc_logits_real_train"] = discriminator(x)
+    first_norm = next(m for m in discriminator.main if isinstance(m, torch.nn.BatchNorm2d))
+    out["bn_running_mean_after"] = first_norm.running_mean.clone()
+    out["bn_running_var_after"] = first_norm.running_var.clone()
+
+    weight = inputs["last_weight"].clone().requires_grad_()
+    reconstruction = F.conv2d(inputs["last_hidden"], weight, padding=1)
+    quantizer_losses = {f"codebook_{i}": loss for i, loss in enumerate(inputs["codebook_losses"])}
+    output = TokenizerOutput(torch.zeros(0), reconstruction, quantizer_losses)
+
+    def generator(step: int, adaptive: bool) -> dict[str, Tensor]:
+        restart(True)
+        terms.use_adaptive_weight = adaptive
+        return terms.generator_losses(x, output, step, weight)
+
+    before, at_start, adaptive = generator(start - 1, False), generator(start, False), generator(start, True)
+    out["grad_last_weight"] = torch.autograd.grad(adaptive["loss"], weight)[0]
+    restart(True)
+    discriminator_loss = terms.discriminator_losses(x, reconstruction, start)
+    assert discriminator_loss is not None
+    paused = terms.discriminator_losses(x, reconstruction, start - 1)
+    out |= {
+        "reconstruction": reconstruction,
+        "rec_loss": at_start["reconstruction"],
+        "perceptual": lpips(x, reconstruction).mean(),
+        "gen_adv": at_start["adversarial"],
+        "gen_loss_before_start": before["loss"],
+        "gen_loss_at_start": at_start["loss"],
+        "adaptive_weight": adaptive["adaptive_weight"],
+        "gen_loss_adaptive": adaptive["loss"],
+        "disc_loss_at_start": discriminator_loss["loss"],
+        "disc_loss_before_start": torch.zeros(()) if paused is None else paused["loss"],
+    }
+    a, b = inputs["logit_a"], inputs["logit_b"]
+    return out | {
+        "d_hinge": adversarial.hinge_discriminator(a, b),
+        "d_vanilla": adversarial.vanilla_discriminator(a, b),
+        "d_nonsat": adversarial.swapped_discriminator(a, b),
+        "g_hinge": adversarial.hinge_generator(b),
+        "g_nonsat": adversarial.swapped_generator(b),
     }
