@@ -26,7 +26,7 @@ from vargen.nn.quantize import VectorQuantizer
 from vargen.nn.vit import Transformer, key_mask
 from vargen.noise import Noise, as_noise
 from vargen.space import TokenSpace
-from vargen.tokenizers.maskgit_vqgan import Decoder as VQGANDecoder
+from vargen.tokenizers.titok_vqgan import Decoder as VQGANDecoder
 
 _SMALL_ENCODER = {"encoder_dim": 512, "encoder_depth": 8, "encoder_heads": 8}
 _BASE_ENCODER = {"encoder_dim": 768, "encoder_depth": 12, "encoder_heads": 12}
@@ -165,7 +165,7 @@ class TiTok(VisualTokenizer):
         mixed_latents: see :class:`Encoder`.
         proxy_codes: number of VQGAN codes of a two-stage model, None for a direct one.
         pixel_widths, pixel_blocks, pixel_channels, pixel_groups: the VQGAN decoder of the second stage, see
-            :class:`vargen.tokenizers.maskgit_vqgan.Decoder`.
+            :class:`vargen.tokenizers.titok_vqgan.Decoder`.
         text_dim, text_length: width and longest length of a caption's features, for a decoder that reads captions.
         train_encoder: False freezes encoder and quantiser (the second stage's training).
         latent_mean, latent_std: Gaussian tokens are ``(latent - latent_mean) / latent_std``.

@@ -16,7 +16,7 @@ PUBLIC: dict[str, str] = {
     "Condition": "vargen.condition",
     "Guidance": "vargen.guidance",
     "LlamaGen": "vargen.backbones.llamagen",
-    "MaskGITVQGAN": "vargen.tokenizers.maskgit_vqgan",
+    "MaskGITVQGAN": "vargen.tokenizers.titok_vqgan",
     "MingTok": "vargen.tokenizers.mingtok",
     "ModelMixin": "diffusers.models.modeling_utils",
     "Noise": "vargen.noise",
@@ -102,7 +102,7 @@ SYSTEMS: dict[str, System] = {
             "tokenizer",
             "MaskGITVQGAN",
             "MaskGIT: Masked Generative Image Transformer, arXiv 2202.04200",
-            "vargen.official.maskgit_vqgan",
+            "vargen.official.titok_vqgan",
             ("fun-research/TiTok: maskgit-vqgan-imagenet-f16-256.bin",),
         ),
         System(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vargen.checkpoint import State, load_strictly, read_file, rename, unwrap
 from vargen.official.llama import depth_of, shape_of
-from vargen.official.maskgit_vqgan import convert_decoder, decoder_config
+from vargen.official.titok_vqgan import convert_decoder, decoder_config
 from vargen.tokenizers.titok import PRESETS, TiTok
 
 WRAPPERS = ("model", "state_dict")

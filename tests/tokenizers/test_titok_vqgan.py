@@ -3,8 +3,8 @@ import torch
 from safetensors.torch import save_file
 
 from vargen.errors import CheckpointError, SpaceError, VargenError
-from vargen.official.maskgit_vqgan import load
-from vargen.tokenizers.maskgit_vqgan import MaskGITVQGAN, ResBlock
+from vargen.official.titok_vqgan import load
+from vargen.tokenizers.titok_vqgan import MaskGITVQGAN, ResBlock
 
 SMALL = {"image_size": 16, "widths": [8, 8, 16], "num_blocks": 2, "latent_channels": 6, "codebook_size": 12, "norm_groups": 4}
 

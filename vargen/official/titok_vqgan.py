@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vargen.checkpoint import State, load_strictly, read_file, rename, unwrap
 from vargen.official.llama import depth_of, shape_of
-from vargen.tokenizers.maskgit_vqgan import MaskGITVQGAN
+from vargen.tokenizers.titok_vqgan import MaskGITVQGAN
 
 WRAPPERS = ("model", "state_dict")
 
