@@ -15,6 +15,7 @@ PUBLIC: dict[str, str] = {
     "CLIPTextEncoder": "vargen.text",
     "Condition": "vargen.condition",
     "Guidance": "vargen.guidance",
+    "LARPTokenizer": "vargen.tokenizers.larp",
     "LlamaGen": "vargen.backbones.llamagen",
     "MaskGITVQGAN": "vargen.tokenizers.titok_vqgan",
     "MingTok": "vargen.tokenizers.mingtok",
@@ -22,6 +23,8 @@ PUBLIC: dict[str, str] = {
     "Noise": "vargen.noise",
     "Order": "vargen.order",
     "Sampling": "vargen.model",
+    "SeedEmbedder": "vargen.tokenizers.seed.embedder",
+    "SeedTokenizer": "vargen.tokenizers.seed.tokenizer",
     "T5TextEncoder": "vargen.text",
     "TexTok": "vargen.tokenizers.textok",
     "TextFeatures": "vargen.condition",
@@ -118,6 +121,30 @@ SYSTEMS: dict[str, System] = {
             "Ming-UniVision: Joint Image Understanding and Generation with a Unified Continuous Tokenizer, arXiv 2510.06590",
             "vargen.official.mingtok",
             ("inclusionAI/MingTok-Vision", "inclusionAI/Ming-UniVision-16B-A3B"),
+        ),
+        System(
+            "larp-tokenizer",
+            "tokenizer",
+            "LARPTokenizer",
+            "LARP: Tokenizing Videos with a Learned Autoregressive Generative Prior, arXiv 2410.21264",
+            "vargen.official.larp_tokenizer",
+            ("hywang66/LARP-L-long-tokenizer",),
+        ),
+        System(
+            "seed",
+            "tokenizer",
+            "SeedTokenizer",
+            "Planting a SEED of Vision in Large Language Model, arXiv 2307.08041; Making LLaMA SEE and Draw with SEED Tokenizer, "
+            "arXiv 2310.01218",
+            "vargen.official.seed",
+            ("AILab-CVC/seed-tokenizer-2: seed_quantizer.pt",),
+        ),
+        System(
+            "seed-embedder",
+            "tokenizer",
+            "SeedEmbedder",
+            "Planting a SEED of Vision in Large Language Model (first training stage), arXiv 2307.08041",
+            "vargen.official.seed",
         ),
     )
 }

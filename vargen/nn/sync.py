@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -30,3 +31,15 @@ def from_first(x: Tensor) -> Tensor:
         x = x.detach().clone().contiguous()
         dist.broadcast(x, src=0)
     return x
+
+
+def all_rows(x: Tensor) -> tuple[Tensor, int]:
+    """Rows of all processes in the order of their ranks, and the number of rows before this process's own.
+
+    Every process must have as many rows. The result carries a gradient in a single process only.
+    """
+    if world_size() == 1:
+        return x, 0
+    parts = [torch.empty_like(x) for _ in range(world_size())]
+    dist.all_gather(parts, x.detach().contiguous())
+    return torch.cat(parts), dist.get_rank() * len(x)
