@@ -7,8 +7,7 @@ from vargen.data.shapes import MOTIONS, POSITIONS, SHAPES, SIZES, Shapes, Shapes
 from vargen.data.shapes_reader import (
     attributes_from_caption,
     attributes_from_pixels,
-    caption_accuracy,
-    motion_accuracy,
+    check_captions,
     motion_from_pixels,
 )
 from vargen.errors import DataError
@@ -19,19 +18,25 @@ def _batch(dataset, count):
     return torch.stack([i["pixels"] for i in items]), [i["caption"] for i in items], torch.tensor([i["class_label"] for i in items])
 
 
+def _accuracy(verdicts):
+    return {name: float(right.float().mean()) for name, right in verdicts.items()}
+
+
 @pytest.mark.parametrize("size", [32, 64])
 def test_pixels_show_what_captions_say(size):
-    pixels, captions, _ = _batch(Shapes(size=size), 400)
-    accuracy = caption_accuracy(pixels, captions)
+    pixels, captions, labels = _batch(Shapes(size=size), 300)
+    accuracy = _accuracy(Shapes().judge(pixels, captions=captions))
     assert min(accuracy.values()) >= 0.99, accuracy
+    assert _accuracy(Shapes().judge(pixels, labels))["shape"] >= 0.99
+    assert not Shapes().judge(pixels)
 
 
 def test_rules_bear_noise_and_blur():
     pixels, captions, _ = _batch(Shapes(size=48), 200)
     blurred = torch.nn.functional.avg_pool2d(pixels, 3, 1, 1, count_include_pad=False)
     noisy = blurred + 0.05 * torch.randn(pixels.shape, generator=torch.Generator().manual_seed(0))
-    accuracy = caption_accuracy(noisy, captions)
-    assert min(accuracy[k] for k in ("shape", "color", "background", "size", "position")) >= 0.97, accuracy
+    accuracy = _accuracy(check_captions(noisy, captions))
+    assert min(value for name, value in accuracy.items() if name != "all") >= 0.97, accuracy
 
 
 def test_class_is_the_shape_of_the_caption():
@@ -53,7 +58,7 @@ def test_videos_move_as_their_class_says(frames):
     data = ShapesVideo(size=32, frames=frames)
     pixels, captions, labels = _batch(data, 104)
     assert pixels.shape == (104, 3, frames, 32, 32)
-    assert motion_accuracy(pixels, labels) >= 0.99
+    assert _accuracy(data.judge(pixels, labels))["motion"] >= 0.99
     assert all(MOTIONS[c] in text for c, text in zip(labels.tolist(), captions))
 
 
@@ -89,4 +94,4 @@ def test_errors():
     with pytest.raises(DataError, match="a large red circle"):
         attributes_from_caption("a photo of a cat")
     with pytest.raises(DataError, match="one each"):
-        caption_accuracy(torch.zeros(2, 3, 32, 32), ["a"])
+        check_captions(torch.zeros(2, 3, 32, 32), ["a"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,14 @@ class VisualDataset(ABC):
     @abstractmethod
     def labels(self) -> Tensor:
         """Class labels of all items, int64 ``(len(self),)``, found without reading pixels."""
+
+    def judge(self, pixels: Tensor, class_labels: Tensor | None = None, captions: Sequence[str] | None = None) -> dict[str, Tensor]:
+        """What rules say of pictures that were asked for by label or caption, where the set has a ground truth.
+
+        Returns:
+            For each property that can be read back, bool ``(B,)``: the picture shows what was asked for. Empty by default.
+        """
+        return {}
 
     def __getitem__(self, index: int) -> Item:
         if not -len(self) <= index < len(self):

@@ -7,6 +7,7 @@ attributes back from pixels, so that models of this set are checked against grou
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -185,6 +186,11 @@ class Shapes(_ShapesBase):
         scene, caption = self.scene(index)
         return {"pixels": draw(scene, self.size), "class_label": index % len(SHAPES), "caption": caption}
 
+    def judge(self, pixels: Tensor, class_labels: Tensor | None = None, captions: Sequence[str] | None = None) -> dict[str, Tensor]:
+        from vargen.data.shapes_reader import check_captions, check_classes
+
+        return check_captions(pixels, captions) if captions is not None else check_classes(pixels, class_labels)
+
     def scene(self, index: int) -> tuple[Scene, str]:
         """The scene of an item and its caption."""
         u = self._draws(index)
@@ -230,6 +236,11 @@ class ShapesVideo(_ShapesBase):
         scenes, caption = self.scenes(index)
         pixels = torch.stack([draw(scene, self.size) for scene in scenes], dim=1)
         return {"pixels": pixels, "class_label": index % len(MOTIONS), "caption": caption}
+
+    def judge(self, pixels: Tensor, class_labels: Tensor | None = None, captions: Sequence[str] | None = None) -> dict[str, Tensor]:
+        from vargen.data.shapes_reader import check_motions
+
+        return check_motions(pixels, class_labels)
 
     def scenes(self, index: int) -> tuple[list[Scene], str]:
         """The scene of every frame and the caption."""

@@ -197,19 +197,29 @@ def _centroid(mask: Tensor) -> tuple[float, float]:
     return float(x), float(y)
 
 
-def caption_accuracy(pixels: Tensor, captions: Sequence[str]) -> dict[str, float]:
-    """Share of images ``(B, 3, H, W)`` that show what their captions say, for each attribute and for ``all`` together."""
-    if len(pixels) != len(captions) or not len(captions):
+def check_captions(pixels: Tensor, captions: Sequence[str]) -> dict[str, Tensor]:
+    """Which images ``(B, 3, H, W)`` show what their captions say: bool ``(B,)`` for every attribute, and ``all`` together."""
+    if len(pixels) != len(captions):
         raise DataError(f"{len(pixels)} images for {len(captions)} captions: expected one each")
-    names = ("shape", "color", "background", "size", "position")
-    right = torch.zeros(len(captions), len(names))
-    for row, (image, caption) in enumerate(zip(pixels, captions)):
-        seen, wanted = attributes_from_pixels(image), attributes_from_caption(caption)
-        right[row] = torch.tensor([seen is not None and getattr(seen, n) == getattr(wanted, n) for n in names])
-    return {**dict(zip(names, right.mean(0).tolist())), "all": float(right.amin(1).mean())}
+    wanted = [attributes_from_caption(caption) for caption in captions]
+    seen = [attributes_from_pixels(image) for image in pixels]
+    right = {
+        name: torch.tensor([s is not None and getattr(s, name) == getattr(w, name) for s, w in zip(seen, wanted)])
+        for name in ("shape", "color", "background", "size", "position")
+    }
+    return {**right, "all": torch.stack(list(right.values())).all(0)}
 
 
-def motion_accuracy(pixels: Tensor, class_labels: Tensor) -> float:
-    """Share of videos ``(B, 3, T, H, W)`` that move as their class says."""
-    motions = [motion_from_pixels(video) for video in pixels]
-    return sum(m == MOTIONS[int(c)] for m, c in zip(motions, class_labels)) / max(len(motions), 1)
+def check_classes(pixels: Tensor, class_labels: Tensor | None) -> dict[str, Tensor]:
+    """Which images ``(B, 3, H, W)`` show the shape of their class: ``shape``, bool ``(B,)``; empty without labels."""
+    if class_labels is None:
+        return {}
+    seen = [attributes_from_pixels(image) for image in pixels]
+    return {"shape": torch.tensor([s is not None and s.shape == SHAPES[c] for s, c in zip(seen, class_labels.tolist())])}
+
+
+def check_motions(pixels: Tensor, class_labels: Tensor | None) -> dict[str, Tensor]:
+    """Which videos ``(B, 3, T, H, W)`` move as their class says: ``motion``, bool ``(B,)``; empty without labels."""
+    if class_labels is None:
+        return {}
+    return {"motion": torch.tensor([motion_from_pixels(v) == MOTIONS[c] for v, c in zip(pixels, class_labels.tolist())])}

@@ -1,0 +1,151 @@
+"""One report for a set of generated images: distance to real ones with its floor, precision and recall, conditional accuracy."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vargen.data.base import VisualDataset
+from vargen.data.loader import ordered_batches
+from vargen.errors import DataError
+from vargen.metrics.features import FeatureExtractor, extract
+from vargen.metrics.frechet import frechet_from_features
+from vargen.metrics.manifold import manifold_scores
+from vargen.metrics.samples import SampleSet, read_samples, round_to_8_bits
+from vargen.noise import Noise
+
+Report = dict[str, Any]
+NEIGHBORS = 3
+
+
+def evaluate_images(
+    samples: str | os.PathLike[str] | Tensor | Iterable[Tensor],
+    reference: VisualDataset,
+    extractor: FeatureExtractor,
+    labels: Tensor | Sequence[int] | None = None,
+    prompts: Sequence[str] | None = None,
+    *,
+    limit: int | None = None,
+    batch_size: int = 64,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+) -> Report:
+    """How generated images compare with real ones.
+
+    Args:
+        samples: a sampling job's folder, an image folder, an ``.npz`` batch, pixels ``(N, 3, H, W)`` in [-1, 1] or batches of them.
+        reference: the real images, best ones that the model was not trained on.
+        extractor: the feature network.
+        labels: class labels that the samples were asked for, where the source does not hold them.
+        prompts: or their prompts.
+        limit: evaluate only the first samples.
+        seed: chooses the two halves of the real set whose distance is the floor.
+
+    Returns:
+        A JSON-able report. ``frechet_distance`` to the reference, and ``frechet_floor``, that of two random halves of the reference;
+        ``precision`` and ``recall``; where labels are known, ``conditional_accuracy`` by the network's class logits with its
+        binomial ``conditional_accuracy_stderr``; where the reference has rules, ``ground_truth``: the share of samples that show
+        each asked-for property by them.
+
+    Raises:
+        DataError: unreadable samples, or labels that do not fit them.
+    """
+    generated = read_samples(samples, limit)
+    _attach(generated, labels, prompts)
+    fake = extract(extractor, generated.batches(batch_size), device)
+    real = extract(extractor, _real_batches(reference, batch_size), device)
+    scores = manifold_scores(real.features.double(), fake.features.double(), NEIGHBORS)
+    half_a, half_b = _halves(real.features, seed)
+    report: Report = {
+        "frechet_distance": frechet_from_features(real.features, fake.features),
+        "frechet_floor": frechet_from_features(half_a, half_b),
+        "precision": scores.precision,
+        "recall": scores.recall,
+    }
+    if generated.class_labels is not None and fake.logits:
+        right = next(iter(fake.logits.values())).argmax(1) == generated.class_labels
+        report["conditional_accuracy"], report["conditional_accuracy_stderr"] = _share(right)
+        report["class_accuracy"] = {
+            reference.classes[c]: float(right[generated.class_labels == c].float().mean())
+            for c in generated.class_labels.unique().tolist()
+        }
+    verdicts = _judge(generated, reference, batch_size)
+    if verdicts:
+        report["ground_truth"] = {name: dict(zip(("share", "stderr"), _share(right))) for name, right in verdicts.items()}
+    report["settings"] = {
+        "samples": generated.source,
+        "num_samples": len(generated),
+        "num_reference": len(reference),
+        "reference": {"data": type(reference).__name__, "split": getattr(reference, "split", None)},
+        "extractor": extractor.name,
+        "feature_dim": fake.features.shape[1],
+        "covariance": "unbiased",
+        "neighbors": NEIGHBORS,
+        "halves": [len(half_a), len(half_b)],
+        "seed": seed,
+    }
+    return report
+
+
+def _attach(samples: SampleSet, labels: Tensor | Sequence[int] | None, prompts: Sequence[str] | None) -> None:
+    """Conditions given by the caller, checked against the number of samples."""
+    for given, what in ((labels, "labels"), (prompts, "prompts")):
+        if given is not None and len(given) < len(samples):
+            raise DataError(f"{len(given)} {what} for {len(samples)} samples: expected one each")
+    if labels is not None:
+        samples.class_labels = torch.as_tensor(labels)[: len(samples)]
+    if prompts is not None:
+        samples.prompts = list(prompts)[: len(samples)]
+
+
+def _real_batches(reference: VisualDataset, batch_size: int) -> Iterator[Tensor]:
+    if len(reference) < 2 * (NEIGHBORS + 1):
+        raise DataError(f"reference of {len(reference)} images: expected at least {2 * (NEIGHBORS + 1)}")
+    for batch in ordered_batches(reference, batch_size):
+        yield round_to_8_bits(batch["pixels"])
+
+
+def _halves(features: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+    order = Noise(seed).permutation("evaluate/halves", len(features))[0]
+    half = len(features) // 2
+    return features[order[:half]], features[order[half:]]
+
+
+def _share(right: Tensor) -> tuple[float, float]:
+    """Share of True and its binomial standard error."""
+    p = float(right.double().mean())
+    return p, math.sqrt(p * (1 - p) / len(right))
+
+
+def _judge(samples: SampleSet, reference: VisualDataset, batch_size: int) -> dict[str, Tensor]:
+    if samples.class_labels is None and samples.prompts is None:
+        return {}
+    verdicts: dict[str, list[Tensor]] = {}
+    for number, pixels in enumerate(samples.batches(batch_size)):
+        rows = slice(number * batch_size, number * batch_size + len(pixels))
+        labels = None if samples.class_labels is None else samples.class_labels[rows]
+        prompts = None if samples.prompts is None else samples.prompts[rows]
+        for name, right in reference.judge(pixels, labels, prompts).items():
+            verdicts.setdefault(name, []).append(right)
+    return {name: torch.cat(parts) for name, parts in verdicts.items()}
+
+
+def format_report(report: Report) -> str:
+    """The report as a few lines for a terminal."""
+    settings = report["settings"]
+    lines = [
+        f"{settings['num_samples']} samples against {settings['num_reference']} real images, features of {settings['extractor']}",
+        f"Fréchet distance      {report['frechet_distance']:.3f}   (two halves of the real set: {report['frechet_floor']:.3f})",
+        f"precision, recall     {report['precision']:.3f}, {report['recall']:.3f}",
+    ]
+    if "conditional_accuracy" in report:
+        accuracy, error = report["conditional_accuracy"], report["conditional_accuracy_stderr"]
+        lines.append(f"conditional accuracy  {100 * accuracy:.1f} % ± {100 * error:.1f}")
+    for name, truth in report.get("ground_truth", {}).items():
+        lines.append(f"shows the {name:<11} {100 * truth['share']:.1f} % ± {100 * truth['stderr']:.1f}")
+    return "\n".join(lines)
