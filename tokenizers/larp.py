@@ -94,7 +94,7 @@ class LARPTokenizer(VisualTokenizer):
         super().__init__()
         self.patch = (temporal_patch_size, patch_size, patch_size)
         grid = patch_grid((frames, sample_size, sample_size), self.patch)
-        block = {"norm_eps": norm_eps, "qkv_bias": False}
+        block: dict[str, Any] = {"norm_eps": norm_eps, "qkv_bias": False}
         self.embed = PatchEmbed(3, encoder_dim, self.patch)
         self.queries = nn.Parameter(0.02 * torch.randn(num_tokens, encoder_dim))
         self.encoder = Transformer(encoder_depth, encoder_dim, encoder_heads, **block)

@@ -1,17 +1,21 @@
-"""Discriminators of pictures: ``(B, 3, H, W)`` in [-1, 1] to logits, high for real ones."""
+"""Discriminators: pictures ``(B, 3, H, W)`` or clips ``(B, 3, T, H, W)`` in [-1, 1] to logits, high for real ones."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vargen.errors import ConfigError, VargenError, nearest
+from vargen.nn.norm import LayerNorm
+from vargen.nn.patch import PatchEmbed, patch_grid
+from vargen.nn.positions import sincos_3d
+from vargen.nn.vit import Transformer
 
 
 class Discriminator(nn.Module):
@@ -21,7 +25,7 @@ class Discriminator(nn.Module):
         video: it takes clips ``(B, 3, T, H, W)``; otherwise clips are judged frame by frame.
     """
 
-    video: ClassVar[bool] = False
+    video: bool = False
 
 
 class PatchGAN(Discriminator):
@@ -146,7 +150,59 @@ def _minibatch_std(x: Tensor, most: int = 4) -> Tensor:
     return std.repeat(group).reshape(batch, 1, 1, 1).expand(batch, 1, height, width)
 
 
-DISCRIMINATORS: dict[str, Callable[..., Discriminator]] = {"patchgan": PatchGAN, "stylegan": StyleGANDiscriminator}
+class TransformerDiscriminator(Discriminator):
+    """One logit per clip, ``(B, 1)``, from the class token of a ViT (LARP, arXiv 2410.21264); it sees values in [0, 1].
+
+    Args:
+        sample_size, frames: side and length of the clips; the latter a multiple of temporal_patch_size.
+        patch_size, temporal_patch_size: of the patches.
+        dim, depth, heads: of the transformer.
+    """
+
+    video = True
+    positions: Tensor
+
+    def __init__(
+        self,
+        sample_size: int = 128,
+        frames: int = 16,
+        patch_size: int = 8,
+        temporal_patch_size: int = 4,
+        dim: int = 512,
+        depth: int = 12,
+        heads: int = 8,
+        norm_eps: float = 1e-5,
+    ) -> None:
+        super().__init__()
+        patch = (temporal_patch_size, patch_size, patch_size)
+        grid = patch_grid((frames, sample_size, sample_size), patch)
+        self.patches = PatchEmbed(3, dim, patch)
+        self.class_token = nn.Parameter(torch.empty(1, dim))
+        self.register_buffer("positions", sincos_3d(dim, grid), persistent=False)
+        self.transformer = Transformer(depth, dim, heads, norm_eps=norm_eps, qkv_bias=False)
+        self.norm = LayerNorm(dim, 1e-6)
+        self.head = nn.Linear(dim, 1)
+        nn.init.xavier_uniform_(self.class_token)
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Conv3d):
+                nn.init.xavier_uniform_(module.weight.view(module.weight.shape[0], -1))
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        patches = self.patches((pixels + 1) / 2)
+        if patches.shape[1] > len(self.positions):
+            raise VargenError(f"clips of {tuple(pixels.shape[2:])}: this discriminator was built for {len(self.positions)} patches")
+        x = patches + self.positions[: patches.shape[1]]
+        x = self.transformer(torch.cat([self.class_token.expand(len(x), 1, -1), x], dim=1))
+        return self.head(self.norm(x[:, 0]))
+
+
+DISCRIMINATORS: dict[str, Callable[..., Discriminator]] = {
+    "patchgan": PatchGAN,
+    "stylegan": StyleGANDiscriminator,
+    "transformer": TransformerDiscriminator,
+}
 
 
 def make_discriminator(kind: str | nn.Module | None, **options: Any) -> nn.Module | None:

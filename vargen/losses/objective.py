@@ -88,7 +88,7 @@ class TokenizerObjective(nn.Module):
         perceptual: LPIPS weight files or ``"cache"`` (see :func:`~vargen.nn.lpips.load_lpips`), a
             :class:`~vargen.nn.lpips.PerceptualDistance`, any network from pixels to a list of features, or None. Clips are compared
             frame by frame.
-        discriminator: ``"patchgan"``, ``"stylegan"``, a module from pixels to logits, or None for no adversarial term.
+        discriminator: ``"patchgan"``, ``"stylegan"``, ``"transformer"`` (for clips), a module from pixels to logits, or None.
         discriminator_options: arguments of the named discriminator.
         generator_loss, discriminator_loss: names in :mod:`~vargen.losses.adversarial`.
         adversarial_weight, discriminator_weight: factors of the generator's and of the discriminator's adversarial loss.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from vargen.nn.attention import Attention, CrossAttention
@@ -43,7 +45,7 @@ class BertLayer(nn.Module):
         attn_dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        rates = {"attn_dropout": attn_dropout, "dropout": dropout}
+        rates: dict[str, Any] = {"attn_dropout": attn_dropout, "dropout": dropout}
         self.attn = Attention(dim, heads, **rates)
         self.norm = LayerNorm(dim, norm_eps)
         self.cross = None if context_dim is None else CrossAttention(dim, context_dim, heads, **rates)

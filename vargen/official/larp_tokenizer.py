@@ -13,6 +13,7 @@ from torch import Tensor
 
 from vargen.checkpoint import State, load_strictly, read_file, rename, unwrap
 from vargen.errors import CheckpointError
+from vargen.losses.discriminators import TransformerDiscriminator
 from vargen.official.fuse import fuse
 from vargen.tokenizers.larp import LARPTokenizer
 from vargen.tokenizers.larp_prior import PRIORS
@@ -42,6 +43,17 @@ RULES: tuple[tuple[str, str], ...] = (
     (r"prior_model\.(blocks\.\d+\.attn)\.proj\.(.*)", r"prior_model.transformer.\1.out.\2"),
     (r"prior_model\.(blocks\.\d+\.mlp)\.0\.(.*)", r"prior_model.transformer.\1.up.\2"),
     (r"prior_model\.(blocks\.\d+\.mlp)\.2\.(.*)", r"prior_model.transformer.\1.down.\2"),
+)
+# the discriminator of training checkpoints (``loss.sd``)
+DISCRIMINATOR_RULES: tuple[tuple[str, str], ...] = (
+    (r"discriminator\.x_embedder\.(.*)", r"patches.\1"),
+    (r"discriminator\.cls_token", "class_token"),
+    (r"discriminator\.transformer_encoder\.(blocks\.\d+\.(?:norm[12]|attn\.qkv)\..*)", r"transformer.\1"),
+    (r"discriminator\.transformer_encoder\.(blocks\.\d+\.attn)\.proj\.(.*)", r"transformer.\1.out.\2"),
+    (r"discriminator\.transformer_encoder\.(blocks\.\d+\.mlp)\.fc1\.(.*)", r"transformer.\1.up.\2"),
+    (r"discriminator\.transformer_encoder\.(blocks\.\d+\.mlp)\.fc2\.(.*)", r"transformer.\1.down.\2"),
+    (r"discriminator\.norm_final\.(.*)", r"norm.\1"),
+    (r"discriminator\.fc\.(.*)", r"head.\1"),
 )
 # tables that the model computes; a file that holds others is refused
 TABLES = {
@@ -104,6 +116,16 @@ def rename_keys(state: Mapping[str, Tensor]) -> State:
         if name in renamed:
             renamed[name] = renamed[name].squeeze()
     return renamed
+
+
+def load_discriminator(model: TransformerDiscriminator, state: Mapping[str, Tensor]) -> TransformerDiscriminator:
+    """Fills ``model`` with the discriminator of a training checkpoint's loss, keys ``discriminator.*``."""
+    renamed = rename(state, DISCRIMINATOR_RULES)
+    if "class_token" in renamed:
+        renamed["class_token"] = renamed["class_token"].squeeze(0)
+    _check_table(renamed.pop("discriminator.encoder_pos_embed", None), model.positions, "discriminator.encoder_pos_embed")
+    load_strictly(model, renamed, (r"lecam_ema_.*", r"perceptual_loss\..*"), "discriminator")
+    return model
 
 
 def read_config(official: Mapping[str, Any], state: Mapping[str, Tensor], prior: Mapping[str, Any] | None = None) -> dict[str, Any]:
