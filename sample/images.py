@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -48,7 +48,7 @@ def sample(
     device: str | None = None,
     dtype: str = "float32",
     progress: bool = True,
-    **settings: Any,
+    settings: Mapping[str, Any] | None = None,
 ) -> JobResult:
     """Draws ``num`` images into a folder, continuing where an earlier run of the same job stopped.
 
@@ -59,7 +59,8 @@ def sample(
         output: the folder; without it ``outputs/<model>-<settings>``.
         npz: also write ``samples.npz`` for FID evaluators; animate: also write ``animation.gif``.
         shard: ``(k, n)``, draw only the images whose number is k modulo n.
-        settings: ``guidance_scale, temperature, top_k, top_p`` or the model's own options; None means the model's default.
+        settings: ``guidance_scale, temperature, top_k, top_p``, ``guidance_schedule`` or the model's own options; what is absent or
+            None has the model's default.
 
     Raises:
         VargenError: no such model or label, a folder of another job, or one that cannot be written.
@@ -70,7 +71,8 @@ def sample(
         raise VargenError(f"batch size {batch_size}: expected at least 1")
     if not 0 <= shard[0] < shard[1]:
         raise VargenError(f"shard {shard[0]}/{shard[1]}: expected k/n with 0 <= k < n")
-    folder = Path(output) if output is not None else default_folder(model, class_labels, prompts, seed, batch_size, dtype, settings)
+    chosen = {key: value for key, value in (settings or {}).items() if value is not None}
+    folder = Path(output) if output is not None else default_folder(model, class_labels, prompts, seed, batch_size, dtype, chosen)
     pipe = load_pipeline(model, device, dtype)
     if npz and pipe.visual_tokenizer.video:
         raise VargenError("npz batches hold images; this model draws videos: leave --npz out")
@@ -83,7 +85,7 @@ def sample(
         seed=seed,
         batch_size=batch_size or recorded.get("batch_size", DEFAULT_BATCH_SIZE),
         dtype=dtype,
-        settings=settings,
+        settings=chosen,
     )
     manifest = Manifest(folder, asdict(job))
     draw(pipe, job, manifest, range(shard[0], num, shard[1]), progress)
@@ -117,7 +119,7 @@ def default_folder(
         parts.append(prompts[0][:32] + (f"+{len(prompts) - 1}" if len(prompts) > 1 else ""))
         parts.append(hashlib.blake2b("\n".join(prompts).encode(), digest_size=3).hexdigest())
     short = {"guidance_scale": "cfg", "temperature": "t", "top_k": "k", "top_p": "p"}
-    parts += [f"{short.get(key, key)}{value}" for key, value in settings.items() if value is not None]
+    parts += [f"{short.get(key, key)}{value}" for key, value in settings.items()]
     parts += [f"batch{batch_size}"] if batch_size else []
     parts += [dtype] if dtype != "float32" else []
     name = re.sub(r"[^\w.,+-]+", "_", "-".join([*parts, f"seed{seed}"]))

@@ -93,7 +93,7 @@ def make_job(
         raise VargenError(f"model '{model}' takes no class labels; {takes}")
     if prompts and pipe.text_encoder is None:
         raise VargenError(f"model '{model}' takes no prompts; {takes}")
-    if not prompts and (kinds == ("text",) or pipe.visual_tokenizer.takes_text):
+    if not prompts and (("text" in kinds and "class" not in kinds) or pipe.visual_tokenizer.takes_text):
         raise VargenError(f"model '{model}' draws from text: give --prompt or --prompt-file")
     count = pipe.model.num_classes or 0
     labels = parse_labels(class_labels, count, names)
@@ -105,7 +105,7 @@ def make_job(
         seed=seed,
         class_labels=labels,
         prompts=list(prompts),
-        settings={**pipe.config.defaults, **{key: value for key, value in settings.items() if value is not None}},
+        settings={**pipe.config.defaults, **settings},
         batch_size=batch_size,
         dtype=dtype,
         device=pipe.device.type,

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers.utils import logging
 
 from vargen import registry
 from vargen.checkpoint import check_model_directory
@@ -67,14 +70,8 @@ def load_pipeline(model: str, device: str | None = None, dtype: str = "float32")
     source, torch_dtype, target = resolve(model), pick_dtype(dtype), pick_device(device)
     if Path(source).is_dir():
         _check_pipeline_directory(Path(source))
-    try:
-        pipe = VisualARPipeline.from_pretrained(source, torch_dtype=torch_dtype)
-    except VargenError:
-        raise
-    except (OSError, ValueError, RuntimeError, TypeError) as error:
-        raise CheckpointError(f"cannot load '{model}': {' '.join(str(error).split())[:300]}") from error
-    pipe.set_progress_bar_config(disable=True)
-    return pipe.to(target)
+    with _quietly():
+        return VisualARPipeline.from_pretrained(source, torch_dtype=torch_dtype).to(target)
 
 
 def load_tokenizer(model: str, device: str | None = None, dtype: str = "float32") -> VisualTokenizer:
@@ -104,6 +101,18 @@ def load_tokenizer(model: str, device: str | None = None, dtype: str = "float32"
     if not (isinstance(loaded, type) and issubclass(loaded, VisualTokenizer)):
         raise CheckpointError(f"'{model}' holds a {name}, not a tokenizer{nearest(name, _tokenizer_classes())}")
     return loaded.from_pretrained(source, **options).to(target).eval()
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Loading shows no bar of its own, which would stand between a command's lines."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _tokenizer_classes() -> list[str]:

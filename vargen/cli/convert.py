@@ -10,7 +10,8 @@ from typing import Annotated, Any
 import typer
 
 from vargen import registry
-from vargen.errors import ConfigError, VargenError
+from vargen.cli.options import parse_settings
+from vargen.errors import VargenError
 
 
 def convert(
@@ -19,7 +20,10 @@ def convert(
     output: Annotated[Path, typer.Argument(help="New folder for config.json and safetensors weights.")],
     options: Annotated[list[str] | None, typer.Argument(help="key=value arguments of the system's loader.")] = None,
 ) -> None:
-    """Convert a released checkpoint: every key must be known, nothing is unpickled but tensors."""
+    """Convert a released checkpoint.
+
+    Every key must be known, and nothing but tensors is unpickled.
+    """
     entry = registry.system(system)
     if entry.official is None:
         raise VargenError(f"system '{system}' has no released checkpoint to convert")
@@ -29,22 +33,20 @@ def convert(
 
     from vargen.checkpoint import atomic_directory
 
-    model = load(file, **_arguments(options or [], load, system))
+    model = load(file, **_arguments(options or [], load, entry))
     with atomic_directory(output) as folder:
         model.save_pretrained(folder, safe_serialization=True)
     typer.echo(f"{type(model).__name__} with {sum(p.numel() for p in model.parameters()):,} parameters in {output}")
 
 
-def _arguments(options: list[str], load: Any, system: str) -> dict[str, Any]:
-    """``key=value`` texts as keyword arguments of ``load``; values are read as YAML scalars."""
-    from omegaconf import OmegaConf
-
+def _arguments(options: list[str], load: Any, entry: registry.System) -> dict[str, Any]:
+    """``key=value`` texts as keyword arguments of ``load``; unknown ones are refused with the nearest known one."""
     from vargen.config import check_keys
 
-    for option in options:
-        if "=" not in option.lstrip("="):
-            raise ConfigError(f"option '{option}': expected key=value")
-    arguments = dict(OmegaConf.to_container(OmegaConf.from_dotlist(options)))  # type: ignore[arg-type]
-    known = [name for name in inspect.signature(load).parameters if name != "path"]
-    check_keys(arguments, known, f"the loader of '{system}'")
-    return {str(key): value for key, value in arguments.items()}
+    arguments = parse_settings(options)
+    parameters = inspect.signature(load).parameters.values()
+    known = [p.name for p in parameters if p.name != "path" and p.kind is not p.VAR_KEYWORD]
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        known += list(inspect.signature(entry.load_class()).parameters)
+    check_keys(arguments, known, f"the loader of '{entry.name}'")
+    return arguments

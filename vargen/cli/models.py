@@ -14,7 +14,10 @@ from vargen import registry
 def models(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """List the bundled models, and every system with its presets and released checkpoints."""
+    """List bundled models and known systems.
+
+    Systems are shown with their presets and the released checkpoints that `vargen convert` reads.
+    """
     bundled = [_bundled(name) for name in registry.BUNDLED]
     systems = [
         {

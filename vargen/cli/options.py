@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from vargen.errors import DataError, VargenError
+from vargen.errors import ConfigError, DataError, VargenError
 
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; by default the GPU where there is one.")]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
@@ -28,6 +29,22 @@ def parse_integers(text: str, what: str) -> tuple[int, ...]:
     if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
         raise VargenError(f"{what} '{text}': expected positive integers such as 8,8")
     return tuple(int(part) for part in parts)
+
+
+def parse_settings(texts: Sequence[str]) -> dict[str, Any]:
+    """``key=value`` texts as a dictionary; values are read as YAML.
+
+    Raises:
+        ConfigError: a text without key or ``=``.
+    """
+    from omegaconf import OmegaConf
+
+    for text in texts:
+        if "=" not in text or text.startswith("="):
+            raise ConfigError(f"setting '{text}': expected key=value")
+    settings = OmegaConf.to_container(OmegaConf.from_dotlist(list(texts)))
+    assert isinstance(settings, dict)
+    return {str(key): value for key, value in settings.items()}
 
 
 def read_prompts(path: Path) -> list[str]:

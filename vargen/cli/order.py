@@ -18,7 +18,9 @@ def order(
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="PNG file.")] = Path("order.png"),
 ) -> None:
-    """Draw a decoding order: cells coloured and numbered by the step that generates them.
+    """Draw a decoding order as a picture.
+
+    Cells are coloured and numbered by the step that generates them.
 
     Examples: `vargen order neighbors 8x8`, `vargen order blocks 8x8 size=4`, `vargen order cells 8x8 cell=2x2`.
     """
@@ -31,6 +33,11 @@ def order(
     from vargen.sample.picture import draw_order, save_image
 
     values = {key: parse_integers(value, key) for key, value in options.items()}
-    drawn = make_order(name, levels, **{key: value[0] if key == "size" else value for key, value in values.items()})
+    try:
+        drawn = make_order(name, levels, **{key: value[0] if key == "size" else value for key, value in values.items()})
+    except TypeError as error:
+        raise ConfigError(
+            f"order '{name}' with options {list(options) or 'none'}: blocks needs size, cells cell, subsamples stride"
+        ) from error
     save_image(draw_order(drawn), output)
     typer.echo(f"{drawn.num_cells} cells in {drawn.num_steps} steps: {output}")

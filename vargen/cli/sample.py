@@ -7,15 +7,18 @@ from typing import Annotated
 
 import typer
 
-from vargen.cli.options import Device, Dtype, Quiet, parse_shard, read_prompts
+from vargen.cli.options import Device, Dtype, Quiet, parse_settings, parse_shard, read_prompts
 
 
 def sample(
     model: Annotated[str, typer.Argument(help="Bundled name (see `vargen models`), directory or hub id.")],
     class_labels: Annotated[
-        list[str] | None, typer.Option(help="Class numbers or names, e.g. 3,7; they cycle. By default all classes in turn.")
+        list[str] | None,
+        typer.Option(metavar="LABELS", help="Class numbers or names, e.g. 3,7; they cycle. By default all classes in turn."),
     ] = None,
-    prompt: Annotated[list[str] | None, typer.Option(help="Text to draw; repeat it for several, they cycle.")] = None,
+    prompt: Annotated[
+        list[str] | None, typer.Option(metavar="TEXT", help="Text to draw; repeat it for several, they cycle.")
+    ] = None,
     prompt_file: Annotated[Path | None, typer.Option(help="A file with one prompt per line.")] = None,
     num: Annotated[int, typer.Option("--num", "-n", help="Number of images in all.")] = 16,
     seed: Annotated[int, typer.Option(help="Image i of a seed is the same whatever the count, shard or restart.")] = 0,
@@ -23,6 +26,9 @@ def sample(
     temperature: Annotated[float | None, typer.Option(help="0 is greedy.")] = None,
     top_k: Annotated[int | None, typer.Option(help="Keep the k likeliest tokens; 0 keeps all.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Keep the likeliest tokens up to this probability.")] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Other settings, e.g. guidance_schedule=linear.")
+    ] = None,
     batch_size: Annotated[
         int | None, typer.Option(help="Images per pass (16); the job keeps to it, and other sizes differ by rounding.")
     ] = None,
@@ -34,11 +40,11 @@ def sample(
     dtype: Dtype = "float32",
     quiet: Quiet = False,
 ) -> None:
-    """Draw pictures: numbered images, a labelled grid and a manifest.
+    """Draw pictures from a model.
 
-    A job that was stopped continues when the same command is run again.
+    Writes numbered images, a labelled grid and a manifest. A job that was stopped continues when the same command is run again.
     """
-    part = parse_shard(shard)
+    part, others = parse_shard(shard), parse_settings(settings or ())
     prompts = [*(prompt or []), *(read_prompts(prompt_file) if prompt_file else [])]
 
     from vargen.sample.images import sample as run
@@ -57,10 +63,7 @@ def sample(
         device=device,
         dtype=dtype,
         progress=not quiet,
-        guidance_scale=guidance_scale,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
+        settings={**others, "guidance_scale": guidance_scale, "temperature": temperature, "top_k": top_k, "top_p": top_p},
     )
     typer.echo(f"{result.done} of {result.num} images in {result.folder}")
     for file in result.files:
