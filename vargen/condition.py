@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -48,39 +49,40 @@ class TextFeatures:
 
 @dataclass(frozen=True)
 class Condition:
-    """The condition of a batch: class labels, text, or given tokens; every part has the batch as its first axis.
+    """The condition of a batch; every part has the batch as its first axis.
 
     Attributes:
         class_labels: int64 ``(B,)``.
         text: features of prompts or captions.
-        tokens: given tokens ``(B, n, ...)`` in the model's space, such as the first frames of a video.
+        text_ids: int64 ``(B, L)``, ids of a text tokenizer, for models that embed text themselves.
+        tokens: given tokens ``(B, n, ...)`` that the model continues, the first n cells of its order.
+        context: tokens ``(B, *token_shape)`` of another image or clip that the model looks at.
     """
 
     class_labels: Tensor | None = None
     text: TextFeatures | None = None
+    text_ids: Tensor | None = None
     tokens: Tensor | None = None
+    context: Tensor | None = None
 
     @property
     def batch_size(self) -> int | None:
         """Number of samples, or None for the empty (unconditional) condition."""
-        for part in (self.class_labels, self.tokens, self.text.mask if self.text else None):
-            if part is not None:
-                return part.shape[0]
-        return None
+        sizes = {part.shape[0] for part in (self.class_labels, self.text_ids, self.tokens, self.context) if part is not None}
+        if self.text is not None:
+            sizes.add(self.text.mask.shape[0])
+        if len(sizes) > 1:
+            raise VargenError(f"parts of the condition have {sorted(sizes)} samples: expected the same number in each")
+        return sizes.pop() if sizes else None
+
+    def _map(self, tensor: Callable[[Tensor], Tensor], text: Callable[[TextFeatures], TextFeatures]) -> Condition:
+        parts = (self.class_labels, self.text_ids, self.tokens, self.context)
+        labels, ids, tokens, context = (None if part is None else tensor(part) for part in parts)
+        return Condition(labels, None if self.text is None else text(self.text), ids, tokens, context)
 
     def to(self, device: torch.device | str) -> Condition:
-        return Condition(
-            None if self.class_labels is None else self.class_labels.to(device),
-            None if self.text is None else self.text.to(device),
-            None if self.tokens is None else self.tokens.to(device),
-        )
+        return self._map(lambda x: x.to(device), lambda text: text.to(device))
 
     def select(self, rows: slice | Tensor) -> Condition:
-        return Condition(
-            None if self.class_labels is None else self.class_labels[rows],
-            None if self.text is None else self.text.select(rows),
-            None if self.tokens is None else self.tokens[rows],
-        )
-
-    def with_labels(self, class_labels: Tensor) -> Condition:
-        return replace(self, class_labels=class_labels)
+        """Some of the samples."""
+        return self._map(lambda x: x[rows], lambda text: text.select(rows))

@@ -236,8 +236,8 @@ class Generator(VargenModel):
     """A model of tokens given a condition.
 
     Attributes:
-        conditioning: parts of a :class:`Condition` that it takes, of ``class``, ``text``, ``text_ids``, ``tokens`` (given ones, to be
-            continued) and ``context``; empty for unconditional models.
+        conditioning: parts of a :class:`Condition` that it takes, of ``class``, ``text``, ``text_ids``, ``tokens`` (given
+            ones, to be continued) and ``context``; empty for unconditional models.
     """
 
     @property

@@ -184,7 +184,7 @@ class VisualARPipeline(DiffusionPipeline):
             raise VargenError("this model is conditioned on text: pass prompt")
         if class_labels is not None:
             labels = self.labels(class_labels).to(device)
-        elif self.model.conditioning == ("class",):
+        elif "class" in self.model.conditioning and text is None:
             raise VargenError("this model is conditioned on classes: pass class_labels")
         condition = Condition(class_labels=labels, text=text)
         size = self.model.check_condition(

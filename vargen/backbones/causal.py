@@ -44,6 +44,7 @@ class CausalGenerator(Generator):
     token_dropout: nn.Module
     layout: Layout
     condition_dropout: float
+    token_offset: int = 0
 
     @abstractmethod
     def prefix(self, condition: Condition, drop: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -117,7 +118,7 @@ class CausalGenerator(Generator):
         """One uncached pass over a whole sequence, the training path.
 
         Args:
-            tokens: flat ids ``(B, num_cells)``.
+            tokens: flat codes ``(B, num_cells)``.
             drop: bool ``(B,)``, samples whose condition is dropped.
             slots: CPU slots, all inputs by default.
 
@@ -126,7 +127,7 @@ class CausalGenerator(Generator):
         """
         slots = torch.arange(self.layout.num_inputs) if slots is None else slots
         prefix, valid = self.prefix(condition, drop)
-        ids = tokens[:, self.layout.cell[slots].clamp(min=0).to(tokens.device)]
+        ids = tokens[:, self.layout.cell[slots].clamp(min=0).to(tokens.device)] + self.token_offset
         x = self.embed(prefix, ids, slots)
         mask: Tensor | None = None
         if valid is not None or not self.layout.causal:
@@ -160,7 +161,7 @@ class CausalGenerator(Generator):
         drop = noise.uniform("condition_dropout") < self.condition_dropout
         logits = self.assemble(self.sequence(tokens.flatten(1), condition, drop.to(tokens.device)))
         predicted = (self.layout.edges >= 0).any(0).to(tokens.device)
-        loss = F.cross_entropy(logits.transpose(1, 2), tokens.flatten(1), reduction="none")[:, predicted]
+        loss = F.cross_entropy(logits.transpose(1, 2), tokens.flatten(1) + self.token_offset, reduction="none")[:, predicted]
         if weight is None:
             return {"loss": loss.mean()}
         weight = weight.to(loss.dtype).unsqueeze(1).expand_as(loss)

@@ -48,7 +48,7 @@ def decode(
     device = state.prefix.device
     tokens = torch.zeros(batch_size, layout.order.num_cells, dtype=torch.int64, device=device)
     if condition.tokens is not None:
-        tokens[:, layout.order.cells[:given].to(device)] = condition.tokens.to(device)
+        tokens[:, layout.order.cells[:given].to(device)] = condition.tokens.to(device) + model.token_offset
     uniforms = noise.uniform("token", (layout.order.num_cells,))
 
     for index, step in enumerate(steps):
@@ -71,11 +71,16 @@ def decode(
         )
         if on_step is not None:
             known = layout.order.step_of < layout.order.step_of[step.targets[0]] + 1
-            grid = tokens.unflatten(1, model.space.token_shape)
-            on_step(StepInfo(index, len(steps), grid, known.float().reshape(model.space.token_shape)))
+            on_step(StepInfo(index, len(steps), as_codes(model, tokens), known.float().reshape(model.space.token_shape)))
     if (tokens < 0).any():
         raise VargenError("the model produced NaN logits: its weights or its condition are broken")
-    return tokens.unflatten(1, model.space.token_shape)
+    return as_codes(model, tokens)
+
+
+def as_codes(model: CausalModel, ids: Tensor) -> Tensor:
+    """Vocabulary ids ``(B, num_cells)`` as codes on the grid; ids of other vocabulary entries are clamped into the codebook."""
+    codes = ids if model.token_offset == 0 else (ids - model.token_offset).clamp(0, (model.space.codebook_size or 1) - 1)
+    return codes.unflatten(1, model.space.token_shape)
 
 
 def mix(model: CausalModel, hidden: tuple[Tensor, ...], step: Step) -> Tensor:

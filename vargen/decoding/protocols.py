@@ -37,6 +37,10 @@ class CausalModel(Protocol):
     @property
     def space(self) -> TokenSpace: ...
 
+    @property
+    def token_offset(self) -> int:
+        """Vocabulary id of code 0; decoding runs over the whole vocabulary."""
+
     def start(self, condition: Condition, batch_size: int, rows: int = 1, capacity: int | None = None) -> State:
         """A state with an empty cache; ``rows`` 2 stacks [condition, null] for guidance.
 
