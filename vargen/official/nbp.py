@@ -6,12 +6,10 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from vargen.backbones.nbp import NBP
 from vargen.checkpoint import load_strictly, read_file, rename, unwrap
 from vargen.errors import CheckpointError
+from vargen.official.fuse import fuse
 from vargen.official.llama import depth_of, shape_of
 
 RULES = (
@@ -71,18 +69,8 @@ def load(
         "max_positions": shape_of(state, "pos_emb")[1],
     }
     model = NBP(**{**config, **options})
-    renamed = rename(_fuse(state, config["depth"]), RULES)
+    renamed = rename(fuse(state, (r"attn\.query", r"attn\.key", r"attn\.value"), "attn.qkv"), RULES)
     renamed["position_table"] = renamed.pop("pos_emb").squeeze(0)
     # never used by the released models, which were trained without dropping conditions
     load_strictly(model, renamed, (r"uncond_embedding",), str(path))
     return model.eval()
-
-
-def _fuse(state: dict[str, Tensor], depth: int) -> dict[str, Tensor]:
-    """Separate query, key and value layers as one."""
-    fused = dict(state)
-    for layer in range(depth):
-        for kind in ("weight", "bias"):
-            parts = [fused.pop(f"blocks.{layer}.attn.{name}.{kind}") for name in ("query", "key", "value")]
-            fused[f"blocks.{layer}.attn.qkv.{kind}"] = torch.cat(parts)
-    return fused
