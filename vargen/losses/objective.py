@@ -27,13 +27,13 @@ RECONSTRUCTIONS = {"l2": F.mse_loss, "l1": F.l1_loss}
 class ReconstructionGuard(nn.Module):
     """Lowers the adversarial weight while reconstructions get worse than they have been.
 
-    A moving average of the reconstruction error is compared with the least value it had. Above ``limit`` times that value the
-    weight's factor is halved, at most once in ``patience`` steps, and below 1/64 it is zero: the adversarial term is suspended.
-    Back under the square root of ``limit`` it doubles again, up to 1.
+    A moving average of the reconstruction error is compared with the least value it had. Beyond ``limit`` times that value the
+    weight's factor is halved, and divided further by the excess over ``limit``; below 1/64 it becomes zero and the adversarial term
+    is suspended. Back under the square root of ``limit`` it doubles, up to 1. There are ``patience`` steps between two changes.
 
     Args:
         limit: ratio of errors that is tolerated.
-        patience: steps between two changes, and before the first.
+        patience: least number of steps between two changes and before the first; the average reaches back as far.
     """
 
     scale: Tensor
@@ -42,7 +42,7 @@ class ReconstructionGuard(nn.Module):
     steps: Tensor
     wait: Tensor
 
-    def __init__(self, limit: float = 1.5, patience: int = 100) -> None:
+    def __init__(self, limit: float = 1.5, patience: int = 50) -> None:
         super().__init__()
         if limit <= 1 or patience < 1:
             raise ConfigError(
@@ -74,9 +74,10 @@ class ReconstructionGuard(nn.Module):
         ready = self.wait == 0
         lower = ready & (self.ratio > self.limit)
         higher = ready & (self.ratio < self.limit**0.5) & (self.scale < 1)
-        halved = torch.where(self.scale > 1 / 64, self.scale / 2, 0.0)
-        doubled = (2 * self.scale).clamp(1 / 64, 1)
-        self.scale.copy_(torch.where(lower, halved, torch.where(higher, doubled, self.scale)))
+        lowered = self.scale / 2 * (self.limit / self.ratio)
+        lowered = torch.where(lowered < 1 / 64, 0.0, lowered)
+        raised = (2 * self.scale).clamp(1 / 64, 1)
+        self.scale.copy_(torch.where(lower, lowered, torch.where(higher, raised, self.scale)))
         self.wait.copy_(torch.where(lower | higher, self.patience, self.wait))
 
 
@@ -97,7 +98,7 @@ class TokenizerObjective(nn.Module):
         use_adaptive_weight: multiply the generator's adversarial loss by the ratio of gradient norms at the last layer.
         lecam_weight, lecam_decay, lecam_of_means: LeCam regulariser; compare mean logits rather than each.
         r1_weight, r1_every: ``r1_weight / 2`` times the squared gradient norm at real pixels, every so many steps, times as many.
-        guard_ratio: tolerated worsening of the reconstruction error, see :class:`ReconstructionGuard`; None switches the guard off.
+        guard_ratio, guard_patience: limit and patience of the :class:`ReconstructionGuard`; a ratio of None switches it off.
 
     Losses come out as dictionaries of scalars with the total under ``"loss"``. The guard acts on, and averages are updated by,
     training-mode calls only.
@@ -127,6 +128,7 @@ class TokenizerObjective(nn.Module):
         r1_weight: float = 0.0,
         r1_every: int = 1,
         guard_ratio: float | None = 1.5,
+        guard_patience: int = 50,
     ) -> None:
         super().__init__()
         for what, name, known in (
@@ -150,7 +152,8 @@ class TokenizerObjective(nn.Module):
         if self.discriminator is not None:
             self.register_buffer("lecam_real", torch.tensor(0.0))
             self.register_buffer("lecam_fake", torch.tensor(0.0))
-        self.guard = ReconstructionGuard(guard_ratio) if guard_ratio is not None and self.discriminator is not None else None
+        guarded = guard_ratio is not None and self.discriminator is not None
+        self.guard = ReconstructionGuard(guard_ratio, guard_patience) if guarded and guard_ratio is not None else None
         self._announced = 1.0
 
     def discriminator_parameters(self) -> list[nn.Parameter]:
