@@ -53,7 +53,14 @@ def lines(folder: Path) -> list[dict]:
 
 def test_job_leaves_images_grid_and_manifest(model: str, tmp_path: Path) -> None:
     result = sample(
-        model, class_labels=["3,7"], num=5, seed=1, batch_size=2, output=tmp_path / "out", temperature=0.9, progress=False
+        model,
+        class_labels=["3,7"],
+        num=5,
+        seed=1,
+        batch_size=2,
+        output=tmp_path / "out",
+        settings={"temperature": 0.9},
+        progress=False,
     )
     assert (result.done, result.num) == (5, 5)
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
@@ -171,7 +178,7 @@ def test_other_settings_in_the_same_folder_are_refused(model: str, tmp_path: Pat
     with pytest.raises(VargenError, match="holds a job with batch_size 2, not 3"):
         sample(model, seed=1, batch_size=3, **arguments)
     with pytest.raises(VargenError, match=r"settings .*0\.5"):
-        sample(model, seed=1, temperature=0.5, **arguments)
+        sample(model, seed=1, settings={"temperature": 0.5}, **arguments)
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
     assert sample(model, seed=1, **{**arguments, "num": 3}).done == 3, "the recorded batch size is kept where none is given"
 
@@ -186,7 +193,7 @@ def test_other_weights_have_another_fingerprint(pipe: VisualARPipeline) -> None:
 
 def test_nothing_is_written_before_the_first_batch_succeeds(model: str, tmp_path: Path) -> None:
     with pytest.raises(VargenError, match="temperature"):
-        sample(model, output=tmp_path / "out", temperature=-1.0, progress=False)
+        sample(model, output=tmp_path / "out", settings={"temperature": -1.0}, progress=False)
     with pytest.raises(VargenError, match="class label 10"):
         sample(model, output=tmp_path / "out", class_labels=["1,10"], progress=False)
     with pytest.raises(VargenError, match="takes no prompts"):
@@ -263,7 +270,7 @@ def test_prefix_of_ordered_tokens_is_decoded(pipe: VisualARPipeline) -> None:
 
 
 def test_default_folder_names_the_settings() -> None:
-    settings = {"guidance_scale": 2.0, "temperature": None}
+    settings = {"guidance_scale": 2.0}
     assert default_folder("digits", ["3,7"], [], 0, None, "float32", settings) == Path("outputs/digits-class3,7-cfg2.0-seed0")
     one, two = (default_folder("runs/shapes", [], ["a red / circle", p], 1, 8, "bfloat16", {}) for p in ("x", "y"))
     assert one != two

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from typing import Annotated
 
 import typer
@@ -47,6 +48,9 @@ def common(
 
 def main() -> None:
     """Runs the command line: what the user can mend becomes one line on stderr and exit code 2, anything else a traceback."""
+    if not sys.warnoptions:
+        # what libraries announce to programmers is no help to whoever types a command; python -W brings it back
+        warnings.simplefilter("ignore", FutureWarning)
     try:
         app()
     except (VargenError, OSError) as error:
