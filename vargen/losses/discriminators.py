@@ -198,7 +198,39 @@ class TransformerDiscriminator(Discriminator):
         return self.head(self.norm(x[:, 0]))
 
 
+class BlurGAN(Discriminator):
+    """Logits ``(B, 1, grid, grid)`` by convolutions that are blurred to half size (TiTok's, arXiv 2406.07550).
+
+    Args:
+        width: channels of the first convolution and stage; they double in every further one.
+        num_stages: stages of 3x3 convolution, blur, group norm and leaky ReLU, between a 5x5 convolution and the two last ones.
+        grid: side of the map that the features are max-pooled to.
+    """
+
+    def __init__(self, width: int = 128, num_stages: int = 3, grid: int = 16, in_channels: int = 3) -> None:
+        super().__init__()
+        if width % 32:
+            raise ConfigError(f"discriminator width {width}: expected a multiple of the 32 groups of its normalisation")
+        widths = [width, *(width * 2**i for i in range(num_stages))]
+        self.stem = nn.Conv2d(in_channels, width, 5, padding=2)
+        self.stages = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(a, b, 3, padding=1), Blur(), nn.GroupNorm(32, b), nn.LeakyReLU(0.1))
+            for a, b in pairwise(widths)
+        )
+        self.pool = nn.AdaptiveMaxPool2d(grid)
+        self.hidden = nn.Conv2d(widths[-1], widths[-1], 1)
+        self.head = nn.Conv2d(widths[-1], 1, 5, padding=2)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        # the published one sees pixels in [0, 1]
+        h = F.leaky_relu(self.stem((pixels + 1) / 2), 0.1)
+        for stage in self.stages:
+            h = stage(h)
+        return self.head(F.leaky_relu(self.hidden(self.pool(h)), 0.1))
+
+
 DISCRIMINATORS: dict[str, Callable[..., Discriminator]] = {
+    "blurgan": BlurGAN,
     "patchgan": PatchGAN,
     "stylegan": StyleGANDiscriminator,
     "transformer": TransformerDiscriminator,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from vargen.errors import ConfigError, VargenError, nearest
 from vargen.losses.adversarial import DISCRIMINATOR_LOSSES, GENERATOR_LOSSES, adaptive_weight, lecam, r1_penalty
 from vargen.losses.discriminators import make_discriminator
+from vargen.losses.distillation import TeacherTerm
 from vargen.losses.perceptual import PerceptualSource, make_perceptual
 from vargen.model import TokenizerOutput
 from vargen.nn.sync import all_mean
@@ -98,6 +99,7 @@ class TokenizerObjective(nn.Module):
         use_adaptive_weight: multiply the generator's adversarial loss by the ratio of gradient norms at the last layer.
         lecam_weight, lecam_decay, lecam_of_means: LeCam regulariser; compare mean logits rather than each.
         r1_weight, r1_every: ``r1_weight / 2`` times the squared gradient norm at real pixels, every so many steps, times as many.
+        teachers: arguments of :class:`~vargen.losses.distillation.TeacherTerm` each, for features of the tokenizer's training pass.
         guard_ratio, guard_patience: limit and patience of the :class:`ReconstructionGuard`; a ratio of None switches it off.
 
     Losses come out as dictionaries of scalars with the total under ``"loss"``. The guard acts on, and averages are updated by,
@@ -127,6 +129,7 @@ class TokenizerObjective(nn.Module):
         lecam_of_means: bool = False,
         r1_weight: float = 0.0,
         r1_every: int = 1,
+        teachers: Sequence[Mapping[str, Any]] = (),
         guard_ratio: float | None = 1.5,
         guard_patience: int = 50,
     ) -> None:
@@ -143,6 +146,7 @@ class TokenizerObjective(nn.Module):
         self.reconstruction, self.reconstruction_weight = reconstruction, reconstruction_weight
         self.perceptual, self.perceptual_weight = make_perceptual(perceptual), perceptual_weight
         self.discriminator = make_discriminator(discriminator, **(discriminator_options or {}))
+        self.teachers = nn.ModuleList(_teacher_term(term) for term in teachers)
         self.generator_loss, self.discriminator_loss = generator_loss, discriminator_loss
         self.adversarial_weight, self.discriminator_weight = adversarial_weight, discriminator_weight
         self.discriminator_start, self.discriminator_every = discriminator_start, discriminator_every
@@ -171,6 +175,9 @@ class TokenizerObjective(nn.Module):
         """
         terms = dict(output.losses)
         total = sum(output.losses.values(), torch.zeros((), device=pixels.device))
+        for term in self.teachers:
+            terms[term.features] = term(pixels, output)
+            total = total + term.weight * terms[term.features]
         if output.reconstruction is not None:
             image_loss, image_terms = self._image_losses(pixels, output.reconstruction)
             total, terms = total + image_loss, terms | image_terms
@@ -275,6 +282,13 @@ class TokenizerObjective(nn.Module):
         # out of place: this step's loss still needs the old averages
         self.lecam_real = self.lecam_real.lerp(all_mean(real.mean()), 1 - self.lecam_decay)
         self.lecam_fake = self.lecam_fake.lerp(all_mean(fake.mean()), 1 - self.lecam_decay)
+
+
+def _teacher_term(arguments: Mapping[str, Any]) -> TeacherTerm:
+    try:
+        return TeacherTerm(**arguments)
+    except TypeError as error:
+        raise ConfigError(f"teachers: {error}") from error
 
 
 def _frames(pixels: Tensor) -> Tensor:

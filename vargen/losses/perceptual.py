@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from typing import TypeAlias
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
+from vargen.config import check_keys
+from vargen.errors import ConfigError
+from vargen.losses.convnext import MeanDistance, load_convnext
 from vargen.nn.lpips import LPIPS, PerceptualDistance, load_lpips, unit_channels
 
 __all__ = ["LPIPS", "FeatureDistance", "PerceptualDistance", "load_lpips", "make_perceptual"]
 
-PerceptualSource: TypeAlias = str | os.PathLike[str] | Sequence[str] | nn.Module
+PerceptualSource: TypeAlias = str | os.PathLike[str] | Sequence[str] | Mapping[str, Mapping[str, Any]] | nn.Module
+
+LOADERS: dict[str, Callable[[Any], PerceptualDistance]] = {"lpips": load_lpips, "convnext": load_convnext}
 
 
 class FeatureDistance(PerceptualDistance):
@@ -44,7 +49,23 @@ class FeatureDistance(PerceptualDistance):
 
 
 def make_perceptual(source: PerceptualSource | None) -> PerceptualDistance | None:
-    """The perceptual distance that ``source`` means: files of LPIPS weights (or ``"cache"``), a distance, a teacher, or none."""
+    """The perceptual distance that ``source`` means: files of LPIPS weights (or ``"cache"``), a distance, a teacher, or none.
+
+    A mapping such as ``{"lpips": {"source": "cache", "weight": 1.0}, "convnext": {"source": "cache", "weight": 0.1}}`` means the
+    weighted mean of distances.
+    """
     if source is None or isinstance(source, PerceptualDistance):
         return source
+    if isinstance(source, Mapping):
+        return _mean(source)
     return FeatureDistance(source) if isinstance(source, nn.Module) else load_lpips(source)
+
+
+def _mean(parts: Mapping[str, Mapping[str, Any]]) -> MeanDistance:
+    check_keys(parts, sorted(LOADERS), "perceptual")
+    for name, part in parts.items():
+        check_keys(part, ("source", "weight"), f"perceptual.{name}")
+        if "source" not in part:
+            raise ConfigError(f"perceptual.{name}: give source, the weight file or 'cache'")
+    weights = [float(part.get("weight", 1.0)) for part in parts.values()]
+    return MeanDistance([LOADERS[name](part["source"]) for name, part in parts.items()], weights)
