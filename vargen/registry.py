@@ -16,6 +16,7 @@ PUBLIC: dict[str, str] = {
     "Condition": "vargen.condition",
     "Guidance": "vargen.guidance",
     "LARPTokenizer": "vargen.tokenizers.larp",
+    "FlexTokGenerator": "vargen.backbones.flextok",
     "LARPGenerator": "vargen.backbones.larp",
     "LlamaGen": "vargen.backbones.llamagen",
     "MaskGITVQGAN": "vargen.tokenizers.titok_vqgan",
@@ -109,6 +110,12 @@ SYSTEMS: dict[str, System] = {
             "Next Block Prediction: Video Generation via Semi-Autoregressive Modeling, arXiv 2502.07737",
             "vargen.official.nbp",
             ("ShuhuaiRen/NBP-ucf-{base,3b}, NBP-k600-{base,3b}",),
+        ),
+        System(
+            "flextok-ar",
+            "generator",
+            "FlexTokGenerator",
+            "FlexTok: Resampling Images into 1D Token Sequences of Flexible Length, arXiv 2502.13967",
         ),
         System(
             "larp",

@@ -5,6 +5,7 @@ import torch
 
 from tests.backbones.uncached import uncached_greedy
 from vargen.backbones import larp, nar, nbp
+from vargen.backbones.flextok import FlexTokGenerator
 from vargen.backbones.larp import LARPGenerator
 from vargen.backbones.nar import NAR
 from vargen.backbones.nbp import NBP
@@ -60,6 +61,8 @@ CASES = {
         4,
         False,
     ),
+    "flextok": (lambda: build(FlexTokGenerator, length=7, num_classes=4), labels, 7, True),
+    "flextok text": (lambda: build(FlexTokGenerator, length=6, text_dim=6, gated=True, qk_norm="layer"), text, 6, True),
     "nbp tokens": (lambda: build(NBP, grid=(4, 3), block_size=1, condition_vocabulary=3), labels, 12, False),
 }
 
@@ -158,6 +161,28 @@ def test_larp_presets_have_the_published_sizes(name, count):
 @pytest.mark.parametrize("name, millions", NBP_MILLIONS.items())
 def test_nbp_presets_have_the_published_sizes(name, millions):
     assert round(parameters(NBP, nbp.PRESETS[name]) / 1e6, 1) == millions
+
+
+def test_flextok_may_stop_after_any_number_of_tokens():
+    model = build(FlexTokGenerator, length=7, num_classes=4)
+    whole = model.generate(labels(), noise=Noise(3, 2))
+    for count in (1, 4, 7):
+        assert torch.equal(model.generate(labels(), noise=Noise(3, 2), num_tokens=count), whole[:, :count])
+    with pytest.raises(VargenError, match=r"expected 1\.\.7"):
+        model.generate(labels(), num_tokens=8)
+    with pytest.raises(VargenError, match="no valid prefixes"):
+        build(LARPGenerator, length=5, num_classes=4, mlp_hidden=40).generate(labels(), num_tokens=3)
+
+
+def test_flextok_drops_text_to_the_empty_string():
+    model = build(FlexTokGenerator, length=6, text_dim=6, condition_dropout=1.0)
+    empty = TextFeatures(torch.randn(1, 1, 6), torch.ones(1, 1, dtype=torch.bool))
+    model.set_null_text(empty)
+    tokens = torch.randint(13, (2, 6))
+    dropped = model.training_losses(tokens, text(), Noise(0, 2))["loss"]
+    model.condition_dropout = 0.0
+    null = TextFeatures(empty.features.expand(2, -1, -1), empty.mask.expand(2, -1))
+    torch.testing.assert_close(model.training_losses(tokens, Condition(text=null), Noise(0, 2))["loss"], dropped)
 
 
 def test_what_cannot_work_is_refused_with_the_reason():

@@ -176,8 +176,13 @@ class CausalGenerator(Generator):
         guidance: Guidance | None = None,
         sampling: Sampling | None = None,
         on_step: OnStep | None = None,
+        num_tokens: int | None = None,
         **options: Any,
     ) -> Tensor:
+        """Tokens ``(B, *token_shape)``; with ``num_tokens``, for ordered spaces, the first so many, ``(B, num_tokens)``."""
+        if num_tokens is not None and not (self.space.ordered and 1 <= num_tokens <= self.space.num_tokens):
+            reason = f"expected 1..{self.space.num_tokens}" if self.space.ordered else "this token space has no valid prefixes"
+            raise VargenError(f"num_tokens {num_tokens}: {reason}")
         if options:
             raise VargenError(f"{type(self).__name__}.generate has no option '{next(iter(options))}'")
         batch = self.check_condition(condition, batch_size)
@@ -185,6 +190,7 @@ class CausalGenerator(Generator):
         training = self.training
         self.eval()
         try:
-            return decode(self, condition, batch, noise.to(self.device), guidance, sampling, on_step)  # type: ignore[arg-type]
+            tokens = decode(self, condition, batch, noise.to(self.device), guidance, sampling, on_step, num_tokens)  # type: ignore[arg-type]
+            return tokens if num_tokens is None else tokens[:, :num_tokens]
         finally:
             self.train(training)

@@ -26,11 +26,13 @@ def decode(
     guidance: Guidance | None = None,
     sampling: Sampling | None = None,
     on_step: OnStep | None = None,
+    stop: int | None = None,
 ) -> Tensor:
     """Generates all cells of the model's layout.
 
     The token of a cell is drawn by inverse CDF of the uniform addressed ("token", cell), so it does not depend on the batch, the
-    order of calls, or what else is drawn. ``condition.tokens`` ``(B, n)`` are given: the first n cells in order.
+    order of calls, or what else is drawn. ``condition.tokens`` ``(B, n)`` are given: the first n cells in order. With ``stop`` only
+    the first ``stop`` cells are generated, the others stay 0.
 
     Returns:
         int64 ``(B, *space.token_shape)``.
@@ -43,7 +45,7 @@ def decode(
         raise VargenError("guidance with a partial condition needs a model with three kinds of rows; this one has cond and null")
     layout, rows = model.layout, guidance.rows
     given = 0 if condition.tokens is None else condition.tokens.shape[1]
-    steps = layout.steps(given)
+    steps = [step for step in layout.steps(given) if stop is None or step.known < stop]
     state = model.start(condition, batch_size, rows)
     device = state.prefix.device
     tokens = torch.zeros(batch_size, layout.order.num_cells, dtype=torch.int64, device=device)

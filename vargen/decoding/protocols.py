@@ -58,19 +58,3 @@ class CausalModel(Protocol):
 
     def logits(self, hidden: Tensor, head: int = 0) -> Tensor:
         """float32 ``(..., V)`` of a head's hidden states."""
-
-
-@dataclass(frozen=True)
-class HeadSample:
-    """Continuous tokens drawn by a head, with what speculation needs of their last denoising step.
-
-    Attributes:
-        tokens: ``(N, C)``.
-        mean, std: of the Gaussian of the last step (std includes the temperature), ``(N, C)``.
-        log_std_sum: sum over all earlier steps of the log standard deviation without temperature, ``(N, C)``.
-    """
-
-    tokens: Tensor
-    mean: Tensor
-    std: Tensor
-    log_std_sum: Tensor
