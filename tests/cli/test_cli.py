@@ -16,6 +16,7 @@ from tests.tiny_pipelines import tiny_pipeline, tiny_tokenizer
 from vargen import VQTokenizer, registry
 from vargen.cli.main import main
 from vargen.errors import VargenError
+from vargen.metrics.features import FeatureNet
 from vargen.official.llamagen_vq import to_official
 
 Run = Callable[..., tuple[int, str, str]]
@@ -255,3 +256,25 @@ def test_models_lists_everything(run: Run, saved: Path, monkeypatch: pytest.Monk
     text = run("models")[1]
     for name in ("tiny", *registry.SYSTEMS):
         assert name in text
+
+
+def test_evaluate(run: Run, saved: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    digits = [str(number) for number in range(10)]
+    FeatureNet({"class": digits}, image_size=16, widths=(4, 4, 4, 4), dim=8).save_pretrained(tmp_path / "net")
+    assert run("sample", saved, "-n", 20, "--batch-size", 20, "-o", tmp_path / "out", "-q", "--npz")[0] == 0
+    arguments = ["--dataset", "digits", "--features", tmp_path / "net"]
+    code, text, _ = run("evaluate", tmp_path / "out", *arguments)
+    assert code == 0
+    for words in ("Fréchet distance", "two halves of the real set", "precision, recall", "conditional accuracy"):
+        assert words in text
+    report = json.loads(run("evaluate", tmp_path / "out", *arguments, "--json")[1])
+    assert report["settings"]["num_samples"] == 20
+    assert f"{report['frechet_distance']:.3f}" in text
+    shuffled = json.loads(run("evaluate", tmp_path / "out/samples.npz", *arguments, "--json")[1])
+    assert shuffled["conditional_accuracy"] == report["conditional_accuracy"]
+    assert json.loads(run("evaluate", tmp_path / "out", *arguments, "--json", "--limit", 5)[1])["settings"]["num_samples"] == 5
+    check_refused(run("evaluate", tmp_path / "out", "--dataset", "photos"), "has no feature network of its own")
+    check_refused(run("evaluate", tmp_path / "out", *arguments, "--limit", 0), "limit 0")
+    check_refused(run("evaluate", tmp_path / "none", *arguments), "expected a folder of images or an .npz batch")
+    check_refused(run("evaluate", tmp_path / "out", *arguments, "--split", "val"), "expected one of train, test")
