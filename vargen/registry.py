@@ -14,6 +14,7 @@ PRESETS_ATTRIBUTE = "PRESETS"
 PUBLIC: dict[str, str] = {
     "CLIPTextEncoder": "vargen.text",
     "Condition": "vargen.condition",
+    "FlexTok": "vargen.tokenizers.flextok",
     "Guidance": "vargen.guidance",
     "LARPTokenizer": "vargen.tokenizers.larp",
     "FlexTokGenerator": "vargen.backbones.flextok",
@@ -183,6 +184,14 @@ SYSTEMS: dict[str, System] = {
             "SeedEmbedder",
             "Planting a SEED of Vision in Large Language Model (first training stage), arXiv 2307.08041",
             "vargen.official.seed",
+        ),
+        System(
+            "flextok",
+            "tokenizer",
+            "FlexTok",
+            "FlexTok: Resampling Images into 1D Token Sequences of Flexible Length, arXiv 2502.13967",
+            "vargen.official.flextok",
+            ("EPFL-VILAB/flextok_{d12_d12,d18_d18,d18_d28}_in1k", "EPFL-VILAB/flextok_d18_d28_dfn"),
         ),
     )
 }
