@@ -27,6 +27,7 @@ from vargen.nn.vit import Transformer, key_mask
 from vargen.noise import Noise, as_noise
 from vargen.space import TokenSpace
 from vargen.tokenizers.titok_vqgan import Decoder as VQGANDecoder
+from vargen.tokenizers.titok_vqgan import MaskGITVQGAN
 
 _SMALL_ENCODER = {"encoder_dim": 512, "encoder_depth": 8, "encoder_heads": 8}
 _BASE_ENCODER = {"encoder_dim": 768, "encoder_depth": 12, "encoder_heads": 12}
@@ -252,6 +253,22 @@ class TiTok(VisualTokenizer):
                 self.quantizer.requires_grad_(False)
         if text_dim is not None:
             self.takes_text, self.text_shape = True, (text_length, text_dim)
+
+    def with_pixel_decoder(self, vqgan: MaskGITVQGAN) -> TiTok:
+        """The second stage that follows this first one: its weights and the decoder of the VQGAN whose codes it predicts.
+
+        Encoder and quantiser of the new model are frozen. Raises ConfigError if the VQGAN's codes are not those of this model.
+        """
+        if self.code_head is None or self.pixel_decoder is not None:
+            raise ConfigError("this TiTok is no first stage: only a model that predicts codes and has no pixel decoder takes one")
+        if vqgan.config.codebook_size != self.config.proxy_codes:
+            raise ConfigError(f"a VQGAN of {vqgan.config.codebook_size} codes for a first stage of {self.config.proxy_codes}")
+        c = vqgan.config
+        pixels = {"pixel_widths": c.widths, "pixel_blocks": c.num_blocks, "pixel_channels": c.latent_channels}
+        model = TiTok(**{**self.config_dict(), **pixels, "pixel_groups": c.norm_groups, "train_encoder": False})
+        decoder = {f"pixel_decoder.{k}": v for k, v in vqgan.decoder.state_dict().items()}
+        model.load_state_dict({**self.state_dict(), **decoder, "pixel_codebook": vqgan.quantizer.codes})
+        return model
 
     @property
     def space(self) -> TokenSpace:

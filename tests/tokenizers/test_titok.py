@@ -10,6 +10,7 @@ from vargen.errors import CheckpointError, ConfigError, SpaceError, VargenError
 from vargen.noise import Noise
 from vargen.official.titok import load
 from vargen.tokenizers.titok import PRESETS, TiTok
+from vargen.tokenizers.titok_vqgan import MaskGITVQGAN
 
 CASES = Path(__file__).parents[1] / "parity" / "cases"
 SMALL = {
@@ -129,10 +130,20 @@ def test_first_stage_predicts_codes_and_second_stage_takes_its_weights(pixels):
     assert first.encoder.latent_tokens.grad.abs().sum() > 0
     with pytest.raises(VargenError, match="first stage"):
         first.decode(out.tokens)
-    second = make(1, **SECOND_STAGE, train_encoder=False).train()
-    missing = second.load_state_dict(first.state_dict(), strict=False).missing_keys
-    assert {key.split(".")[0] for key in missing} == {"pixel_codebook", "pixel_decoder"}
-    out = second(pixels)
+    vqgan = MaskGITVQGAN(16, [8, 8, 16], num_blocks=1, latent_channels=10, codebook_size=20, norm_groups=4).eval()
+    second = first.eval().with_pixel_decoder(vqgan).eval()
+    assert torch.equal(second.encode(pixels), first.encode(pixels))
+    with torch.no_grad():
+        # all logits on one code: the softmax-weighted code is that code
+        torch.nn.init.zeros_(second.code_head.down.weight)
+        second.code_head.down.bias.copy_(1e4 * torch.eye(20)[3])
+        ids = torch.full((2, 4, 4), 3)
+        assert torch.allclose(second.decode(second.encode(pixels)), vqgan.decode(ids), atol=1e-5)
+    with pytest.raises(ConfigError, match="no first stage"):
+        second.with_pixel_decoder(vqgan)
+    with pytest.raises(ConfigError, match="VQGAN of 12 codes for a first stage of 20"):
+        first.with_pixel_decoder(MaskGITVQGAN(16, [8, 8, 16], codebook_size=12, latent_channels=10, norm_groups=4))
+    out = second.train()(pixels)
     out.reconstruction.square().mean().backward()
     assert out.losses == {}
     assert all(p.grad is None for part in (second.encoder, second.quantizer) for p in part.parameters())
