@@ -25,6 +25,7 @@ PUBLIC: dict[str, str] = {
     "ModelMixin": "diffusers.models.modeling_utils",
     "NAR": "vargen.backbones.nar",
     "NBP": "vargen.backbones.nbp",
+    "NBPTokenizer": "vargen.tokenizers.nbp",
     "Noise": "vargen.noise",
     "Order": "vargen.order",
     "Sampling": "vargen.model",
@@ -103,6 +104,14 @@ SYSTEMS: dict[str, System] = {
                 "yefly/NAR-XL-t2i-stage1, NAR-XL-t2i-stage2",
                 "chenfeng1271/NAR-ucf101-256-{L,LP}",
             ),
+        ),
+        System(
+            "nbp-tokenizer",
+            "tokenizer",
+            "NBPTokenizer",
+            "Next Block Prediction: Video Generation via Semi-Autoregressive Modeling, arXiv 2502.07737",
+            "vargen.official.nbp_tokenizer",
+            ("ShuhuaiRen/NBP-tokenizer-ucf: magvit2_ucf.pt", "ShuhuaiRen/NBP-tokenizer-k600: magvit2_k600.pt"),
         ),
         System(
             "nbp",
