@@ -56,7 +56,9 @@ def test_encodes_and_decodes_any_size_that_the_stride_divides(tokenizer):
         tokens = tokenizer.encode(pixels(2, height, width))
         assert tokens.shape == (2, height // 2, width // 2)
         assert tokens.dtype == torch.int64
-        assert tokenizer.decode(tokens).shape == (2, 3, height, width)
+        pixels_again = tokenizer.decode(tokens)
+        assert pixels_again.shape == (2, 3, height, width)
+        assert torch.equal(tokenizer.decode(tokens.to(torch.uint8)), pixels_again)
     assert VQTokenizer(**{**TINY, "sample_size": [16, 32]}).space.shape == (8, 16)
 
 

@@ -140,7 +140,7 @@ class VectorQuantizer(nn.Module):
     def lookup(self, indices: Tensor) -> Tensor:
         """Codes of ``indices`` ``(...)``, in the codebook's dtype, ``(..., D)``."""
         # normalising the rows that are asked for, not the whole codebook
-        return self._project(F.embedding(indices, self.codebook)).to(self.codebook.dtype)
+        return self._project(F.embedding(indices.long(), self.codebook)).to(self.codebook.dtype)
 
     @torch.no_grad()
     def nearest(self, z: Tensor) -> Tensor:
