@@ -116,7 +116,7 @@ class FlexTok(VisualTokenizer):
         if sample_size % side:
             raise ConfigError(f"sample_size {sample_size}: expected a multiple of {side}")
         grid = (sample_size // side, sample_size // side)
-        shared = {"head_dim": head_dim, "code_dim": len(levels), "positions": positions}
+        shared: dict[str, Any] = {"head_dim": head_dim, "code_dim": len(levels), "positions": positions}
         self.encoder = RegisterEncoder(channels, patch_size, grid, num_registers, encoder_dim, encoder_depth, **shared)
         self.quantizer = FSQ(levels)
         self.decoder = FlowDecoder(

@@ -65,6 +65,7 @@ class LARPTokenizer(VisualTokenizer):
     """
 
     video = True
+    scheduled = True
 
     @register_to_config
     def __init__(

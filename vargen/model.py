@@ -123,11 +123,18 @@ class VisualTokenizer(VargenModel):
         takes_text: ``encode`` and ``decode`` need captions (TexTok, TA-TiTok); a configuration may decide.
         text_shape: most tokens that a caption may have, and the width of their features; None if any will do.
         video: pixels have a time axis.
+        scheduled: ``forward`` takes ``progress=``, the share in [0, 1] of the training that is done.
+        paints: ``decode`` makes pixels; False where tokens stand for meaning and no decoder of them is at hand.
     """
 
     takes_text: bool = False
     text_shape: tuple[int, int] | None = None
     video: ClassVar[bool] = False
+    scheduled: ClassVar[bool] = False
+
+    @property
+    def paints(self) -> bool:
+        return True
 
     @property
     @abstractmethod
@@ -150,6 +157,13 @@ class VisualTokenizer(VargenModel):
     @abstractmethod
     def forward(self, pixels: Tensor, text: TextFeatures | None = None, noise: Noise | None = None) -> TokenizerOutput:
         """The training pass."""
+
+    @torch.no_grad()
+    def scores(self, pixels: Tensor, text: TextFeatures | None = None, noise: Noise | None = None) -> dict[str, Tensor]:
+        """What validation says of a batch, a number per sample ``(B,)``: by default the PSNR of the round trip in dB."""
+        painted = self.decode(self.encode(pixels, text, noise), text, noise).clamp(-1, 1)
+        error = (painted - pixels).square().flatten(1).mean(1)
+        return {"psnr": 10 * torch.log10(4 / error.clamp(min=1e-10))}
 
     @property
     def last_layer(self) -> nn.Parameter | None:

@@ -63,6 +63,10 @@ class CausalEmbedder(VisualTokenizer):
         )
 
     @property
+    def paints(self) -> bool:
+        return False
+
+    @property
     def sample_shape(self) -> tuple[int, int]:
         return (self.config.image_size, self.config.image_size)
 

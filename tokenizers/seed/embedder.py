@@ -104,6 +104,16 @@ class SeedEmbedder(CausalEmbedder):
             raise VargenError(f"word ids span {int(ids.min())}..{int(ids.max())}: expected 0..{self.config.vocab_size - 1}")
         return self.qformer.text(ids, text.mask)
 
+    @torch.no_grad()
+    def scores(self, pixels: Tensor, text: TextFeatures | None = None, noise: Noise | None = None) -> dict[str, Tensor]:
+        """Whether an image finds its caption among those of the batch (chance 1 / B), and a caption its image."""
+        if text is None:
+            raise VargenError("SeedEmbedder is scored on captions: pass text, word ids from CaptionIds")
+        image, caption = self.image_features(self.encode(pixels, text)), self.text_features(text)
+        partner = torch.arange(len(pixels), device=pixels.device)
+        found = {"image_to_text": image @ caption.T, "text_to_image": caption @ image.T}
+        return {name: (similarity.argmax(-1) == partner).float() for name, similarity in found.items()}
+
     def forward(self, pixels: Tensor, text: TextFeatures | None = None, noise: Noise | None = None) -> TokenizerOutput:
         """The first stage's training pass."""
         embeddings = self.causal_embeddings(self.check_pixels(pixels, text))

@@ -179,6 +179,10 @@ class SeedTokenizer(CausalEmbedder):
     def space(self) -> TokenSpace:
         return TokenSpace(levels=((self.config.num_queries,),), codebook_size=self.config.codebook_size)
 
+    @property
+    def paints(self) -> bool:
+        return self.pixel_decoder is not None or self.config.unclip is not None
+
     def encode(self, pixels: Tensor, text: TextFeatures | None = None, noise: Noise | None = None) -> Tensor:
         """Pixels ``(B, 3, H, W)``, sides multiples of the patch, to ids ``(B, num_queries)``; draws nothing."""
         return self.quantizer.nearest(self.to_code(self.causal_embeddings(self.check_pixels(pixels, text))))
@@ -209,6 +213,13 @@ class SeedTokenizer(CausalEmbedder):
         if negative is not None:
             options["negative"] = self.embed(negative)
         return self.pixel_decoder(embedding, noise, **options)
+
+    @torch.no_grad()
+    def scores(self, pixels: Tensor, text: TextFeatures | None = None, noise: Noise | None = None) -> dict[str, Tensor]:
+        """Cosine between the causal embeddings and what is reconstructed of them behind the codebook, a mean over the queries."""
+        causal = self.causal_embeddings(self.check_pixels(pixels, text))
+        codes = self.quantizer.lookup(self.quantizer.nearest(self.to_code(causal)))
+        return {"causal_cosine": F.cosine_similarity(self.causal_decoder(self.from_code(codes)), causal, dim=-1).mean(1)}
 
     def forward(self, pixels: Tensor, text: TextFeatures | None = None, noise: Noise | None = None) -> TokenizerOutput:
         """The second stage's training pass; the decoded embedding is in ``features`` as ``image_teacher``, to be compared there."""

@@ -24,10 +24,11 @@ DISTANCES = ("cosine", "l2")
 
 
 class VisionTeacher(nn.Module):
-    """Patch features ``(B, h, w, C)`` of a vision model of transformers (DINOv2, CLIP, SigLIP).
+    """Patch features ``(B, h, w, C)`` of a vision model of transformers (DINOv2, CLIP, SigLIP), or CLIP's embedding ``(B, C)``.
 
     Args:
-        model: called with ``pixel_values``; its tokens are special ones followed by patches in raster order.
+        model: called with ``pixel_values``; its tokens are special ones followed by patches in raster order. A model that returns
+            ``image_embeds`` is asked for those.
         image_size: side that pixels are resized to, a multiple of the model's patch.
         mean, std: of the model's input for pixels in [0, 1].
     """
@@ -48,7 +49,10 @@ class VisionTeacher(nn.Module):
         # DINOv2 fits its position table to any size by itself
         if self.image_size != config.image_size and not config.model_type.startswith("dinov2"):
             options["interpolate_pos_encoding"] = True
-        tokens = self.model(pixel_values=(resized - self.mean) / self.std, **options).last_hidden_state
+        output = self.model(pixel_values=(resized - self.mean) / self.std, **options)
+        if "image_embeds" in output:
+            return output.image_embeds
+        tokens = output.last_hidden_state
         side = self.image_size // config.patch_size
         return tokens[:, tokens.shape[1] - side * side :].unflatten(1, (side, side))
 
@@ -94,7 +98,7 @@ def agreement(student: Tensor, target: Tensor, distance: str = "cosine") -> Tens
             f"the student gives {student.shape[-1]} channels for a teacher of {target.shape[-1]}: set its head's width"
         )
     if target.dim() == 2:
-        student = student.flatten(1, -2).mean(1)
+        student = student.flatten(1, -2).mean(1) if student.dim() > 2 else student
     elif student.shape[1:-1] != target.shape[1:-1]:
         image = rearrange(target.float(), "b h w c -> b c h w")
         image = F.interpolate(image, tuple(student.shape[1:-1]), mode="bilinear", align_corners=False, antialias=True)
@@ -114,6 +118,7 @@ class TeacherTerm(nn.Module):
         weight: of the term.
         distance: see :func:`agreement`.
         image_size: side of the teacher's input, its own by default.
+        embedding: take a CLIP model's projected image embedding rather than its patches.
     """
 
     def __init__(
@@ -123,12 +128,13 @@ class TeacherTerm(nn.Module):
         weight: float = 1.0,
         distance: str = "cosine",
         image_size: int | None = None,
+        embedding: bool = False,
     ) -> None:
         super().__init__()
         if distance not in DISTANCES:
             raise ConfigError(f"distance '{distance}': expected one of {', '.join(DISTANCES)}")
         self.features, self.weight, self.distance = features, weight, distance
-        module = teacher if isinstance(teacher, nn.Module) else load_teacher(teacher, image_size)
+        module = teacher if isinstance(teacher, nn.Module) else load_teacher(teacher, image_size, embedding)
         self.teacher = module.requires_grad_(False).eval()
 
     def train(self, mode: bool = True) -> TeacherTerm:
@@ -147,13 +153,14 @@ class TeacherTerm(nn.Module):
         return agreement(output.features[self.features], target, self.distance)
 
 
-def load_teacher(source: str | os.PathLike[str], image_size: int | None = None) -> nn.Module:
+def load_teacher(source: str | os.PathLike[str], image_size: int | None = None, embedding: bool = False) -> nn.Module:
     """A frozen teacher.
 
     Args:
         source: ``digits`` or ``shapes`` (the classifiers that ship), the directory of a tokenizer or classifier of ours, or a
             vision model of transformers in a directory or on the hub.
         image_size: side of a vision model's input, its own by default.
+        embedding: of a CLIP model, the projected image embedding.
 
     Raises:
         CheckpointError: nothing that can be loaded.
@@ -169,21 +176,22 @@ def load_teacher(source: str | os.PathLike[str], image_size: int | None = None) 
         if not isinstance(model, VisualTokenizer):
             raise CheckpointError(f"teacher '{source}' is a {name}: expected a tokenizer or a vision model")
         return TokenTeacher(model)
-    return _load_vision(source, image_size)
+    return _load_vision(source, image_size, embedding)
 
 
-def _load_vision(source: str | os.PathLike[str], image_size: int | None) -> VisionTeacher:
+def _load_vision(source: str | os.PathLike[str], image_size: int | None, embedding: bool) -> VisionTeacher:
     import transformers
 
+    kind = transformers.CLIPVisionModelWithProjection if embedding else transformers.AutoModel
     try:
-        model = transformers.AutoModel.from_pretrained(source, use_safetensors=True)
+        model = kind.from_pretrained(source, use_safetensors=True)
         processor = transformers.AutoImageProcessor.from_pretrained(source)
     except Exception as error:  # hub, configuration and weight errors have no common base
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(
             f"teacher '{source}': neither a model of ours nor a vision model of transformers ({reason})"
         ) from error
-    model = getattr(model, "vision_model", model)
+    model = model if embedding else getattr(model, "vision_model", model)
     size, patch = image_size or model.config.image_size, model.config.patch_size
     if size % patch:
         raise ConfigError(
