@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,7 +17,7 @@ class Adversary:
     """Trains the trainable parameters of ``module``, which every process holds whole, on losses of its own.
 
     Gradients are averaged over processes here rather than by a wrapper: the same module also serves the generator's loss, in passes
-    where none of its parameters gets a gradient, which wrappers do not expect.
+    that give none of its parameters a gradient, which wrappers do not expect.
 
     Args:
         module: the objective that holds the discriminator.
@@ -34,17 +32,6 @@ class Adversary:
         self.module, self.optimizer, self.max_grad_norm, self.accelerator = module, optimizer, max_grad_norm, accelerator
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self.scaler = torch.amp.GradScaler(accelerator.device.type, enabled=accelerator.mixed_precision == "fp16")
-
-    @contextmanager
-    def frozen(self) -> Iterator[None]:
-        """Within the block the generator's losses are computed, whose backward pass must leave no gradients here."""
-        for parameter in self.parameters:
-            parameter.requires_grad_(False)
-        try:
-            yield
-        finally:
-            for parameter in self.parameters:
-                parameter.requires_grad_(True)
 
     def backward(self, loss: Tensor) -> None:
         self.scaler.scale(loss).backward()

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from vargen.checkpoint import atomic_write
 from vargen.errors import ConfigError
 
+METRICS = "metrics.jsonl"
 REPORTS = ("none", "tensorboard")
 
 
@@ -26,7 +27,8 @@ class RunLog:
     """The log of one run; silent on all processes but the first.
 
     Args:
-        directory: the run directory. ``metrics.jsonl`` in it gets a line per :meth:`values`, and loses those after ``start``.
+        directory: the run directory. ``metrics.jsonl`` in it gets a line per :meth:`values`, and loses those after ``start``; its
+            ``seconds`` count the training time of all parts of an interrupted run.
         start, total: step that the run continues from (0 for a new one), and its last step.
         enabled: this process writes.
         report_to: ``none`` or ``tensorboard`` (event files under ``directory/tensorboard``).
@@ -37,21 +39,21 @@ class RunLog:
             raise ConfigError(f"report_to '{report_to}': expected one of {', '.join(REPORTS)}")
         self.directory, self.enabled = directory, enabled
         self.bar = tqdm(initial=start, total=total, unit="step", dynamic_ncols=True, disable=not enabled)
-        self.metrics = directory / "metrics.jsonl"
+        self.metrics = directory / METRICS
         self.writer: Any = None
-        self.last_time, self.last_step = time.perf_counter(), start
+        self.seconds, self.last_time, self.last_step = 0.0, time.perf_counter(), start
         if enabled:
             directory.mkdir(parents=True, exist_ok=True)
             self._drop_after(start)
+            self.seconds = max((float(line.get("seconds", 0)) for line in read_metrics(directory)), default=0.0)
             if report_to == "tensorboard":
                 from torch.utils.tensorboard import SummaryWriter
 
                 self.writer = SummaryWriter(str(directory / "tensorboard"), purge_step=start + 1)
 
     def _drop_after(self, step: int) -> None:
-        lines = self.metrics.read_text().splitlines() if self.metrics.is_file() else []
-        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
-        if lines != kept:
+        if self.metrics.is_file():
+            kept = [line for line in read_metrics(self.directory) if line["step"] <= step]
             atomic_write(self.metrics, lambda path: _write_lines(path, kept))
 
     def advance(self) -> None:
@@ -66,13 +68,14 @@ class RunLog:
         """Logs scalars of ``step`` together with the speed since the last call."""
         now = time.perf_counter()
         speed = (step - self.last_step) / max(now - self.last_time, 1e-9)
+        self.seconds += now - self.last_time
         self.last_time, self.last_step = now, step
         if not self.enabled:
             return
         record = {**values, "steps_per_second": speed, "samples_per_second": speed * samples_per_step}
         self.bar.set_postfix_str(f"loss {values['loss']:.4f}, {record['samples_per_second']:.1f} samples/s")
         self.say(f"(step={step:07d}) " + ", ".join(f"{name} {_short(value)}" for name, value in record.items()))
-        self._record(step, record)
+        self._record(step, {**record, "seconds": self.seconds})
 
     def extra(self, step: int, values: Mapping[str, float]) -> None:
         """Logs scalars that are not measured at every log line, such as those of a validation."""
@@ -154,8 +157,15 @@ def _grid(images: Tensor, gap: int) -> Tensor:
     return torch.cat([torch.cat(list(row), dim=2) for row in images.split(columns)], dim=1)
 
 
-def _write_lines(path: Path, lines: Sequence[str]) -> None:
-    path.write_text("".join(f"{line}\n" for line in lines))
+def read_metrics(directory: Path) -> list[dict[str, Any]]:
+    """The lines of a run's ``metrics.jsonl``; one that a kill cut short is left out."""
+    file = directory / METRICS
+    lines = file.read_text().splitlines() if file.is_file() else []
+    return [json.loads(line) for line in lines if line.endswith("}")]
+
+
+def _write_lines(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
 
 
 def _short(value: float) -> str:

@@ -35,11 +35,11 @@ from vargen.noise import Noise
 from vargen.train.adversary import Adversary
 from vargen.train.compiling import compile_network
 from vargen.train.ema import EMA
-from vargen.train.log import Meter, RunLog
+from vargen.train.log import Meter, RunLog, read_metrics
 from vargen.train.optim import base_learning_rate, build_optimizer, learning_rate, set_learning_rate
 from vargen.train.state import Checkpoints, read_tree, write_model, write_tree
 from vargen.train.stop import StopRequest
-from vargen.train.task import Task, micro_batches, to_device
+from vargen.train.task import Facts, Task, micro_batches, to_device
 
 logger = logging.getLogger(__name__)
 
@@ -101,6 +101,7 @@ class Trainer:
         self.total_steps = self._steps("max_train_steps", training.max_train_steps, training.num_train_epochs)
         warmup = self._steps("warmup_steps", config.lr_scheduler.warmup_steps, config.lr_scheduler.warmup_epochs)
         self.checkpoints = Checkpoints(self.output_dir, training.checkpoints_total_limit)
+        self.final = self.output_dir / FINAL
 
         task.setup(self.device)
         base = base_learning_rate(config.optimizer, self.batch_size)
@@ -177,7 +178,7 @@ class Trainer:
                         return False
         finally:
             log.close()
-        self.export(self.output_dir / FINAL, scores)
+        self.export(self.final, scores)
         return True
 
     def _train_step(self, batch: dict[str, Any], noise: Noise, meter: Meter) -> None:
@@ -186,7 +187,7 @@ class Trainer:
         rows = torch.arange(self.local_size, device=self.device).chunk(self.parts)
         for part, (piece, chosen) in enumerate(zip(micro_batches(batch, self.parts), rows), start=1):
             with nullcontext() if part == self.parts else self.accelerator.no_sync(self.network):
-                with self.accelerator.autocast(), adversary.frozen() if adversary else nullcontext():
+                with self.accelerator.autocast():
                     losses = self.task.losses(self.network, piece, noise.select(chosen), self.step)
                 self.accelerator.backward(losses["loss"] / self.parts)
             meter.add(losses, self.step)
@@ -347,12 +348,7 @@ class Trainer:
 
     def export(self, folder: Path, scores: dict[str, float]) -> None:
         """Writes the finished model, with averaged weights where there are any; all processes must call it."""
-        facts = {
-            "step": self.step,
-            "samples": self.step * self.batch_size,
-            "validation": scores,
-            "recipe": OmegaConf.to_yaml(self.config),
-        }
+        facts = Facts(self.step, self.step * self.batch_size, scores, read_metrics(self.output_dir), OmegaConf.to_yaml(self.config))
         with self._evaluating(averaged=True):
             state = get_model_state_dict(self.network, options=_FULL)
             if self.accelerator.is_main_process:

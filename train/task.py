@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,24 @@ from vargen.data.base import VisualDataset
 from vargen.data.loader import Batch, training_batches
 from vargen.model import VargenModel
 from vargen.noise import Noise
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a finished run can say of itself, for the model card.
+
+    Attributes:
+        step, samples: optimizer steps made and samples seen.
+        scores: of the last validation.
+        metrics: lines of ``metrics.jsonl``.
+        recipe: the whole recipe as YAML.
+    """
+
+    step: int
+    samples: int
+    scores: dict[str, float]
+    metrics: list[dict[str, Any]]
+    recipe: str
 
 
 class Task(ABC):
@@ -39,7 +58,7 @@ class Task(ABC):
     def losses(self, network: nn.Module, batch: Batch, noise: Noise, step: int) -> dict[str, Tensor]:
         """Scalars of a batch: the total loss under ``"loss"``, and whatever else the log should show the means of.
 
-        ``network`` is the prepared (wrapped, sharded) form of our own.
+        ``network`` is the prepared (wrapped, sharded) form of our own. The loss must not reach parameters of the adversary.
         """
 
     def adversary_losses(self, step: int) -> dict[str, Tensor] | None:
@@ -68,13 +87,8 @@ class Task(ABC):
         return None
 
     @abstractmethod
-    def export(self, folder: Path, state: dict[str, Tensor], facts: dict[str, Any]) -> None:
-        """Writes the finished model into ``folder``.
-
-        Args:
-            state: the whole weights of ``network``.
-            facts: of the run, for the model card: ``step``, ``samples``, ``recipe`` (YAML), ``validation``.
-        """
+    def export(self, folder: Path, state: dict[str, Tensor], facts: Facts) -> None:
+        """Writes the finished model with the weights ``state`` of ``network``, and its model card, into ``folder``."""
 
 
 def micro_batches(batch: Batch, parts: int) -> list[Batch]:

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import signal
 import socket
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +85,7 @@ class Denoise(Task):
         self.output = network(clean + noise.normal("noise", (12,)))
         loss = (self.output - clean).square().mean()
         if self.adversary is not None and step > 2:
-            loss = loss - 0.1 * self.adversary.judge(self.output).mean()
+            loss = loss - 0.1 * (self.output @ self.adversary.judge.weight.detach().T).mean()
         if step == self.bad_step:
             loss = loss * float("nan")
         if step == self.kill_step:
@@ -102,7 +103,7 @@ class Denoise(Task):
 
     def export(self, folder, state, facts):
         write_model(folder, self.network["net"], {k.removeprefix("net."): v for k, v in state.items()})
-        (folder / "facts.json").write_text(json.dumps(facts))
+        (folder / "facts.json").write_text(json.dumps(asdict(facts)))
 
 
 def recipe(**training: Any):

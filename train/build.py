@@ -1,0 +1,108 @@
+"""From the blocks of a recipe to models, and small things that both kinds of task need."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from torch import Tensor
+
+from vargen.checkpoint import check_model_directory
+from vargen.config import check_keys
+from vargen.data.base import VisualDataset
+from vargen.errors import CheckpointError, ConfigError
+from vargen.model import Generator, VisualTokenizer
+from vargen.registry import PUBLIC, load_public, system
+from vargen.sample.load import load_tokenizer, resolve
+
+
+def build_tokenizer(config: Mapping[str, Any], dataset: VisualDataset) -> VisualTokenizer:
+    """A fresh tokenizer of a system and preset with constructor arguments ``config``, or the one saved at ``path``.
+
+    Raises:
+        ConfigError: neither or both, a system that is no tokenizer, or sizes that differ from the data's.
+    """
+    if (config["system"] is None) == (config["path"] is None):
+        raise ConfigError("model: give exactly one of system (a fresh tokenizer) and path (one to train further)")
+    if config["path"] is not None:
+        tokenizer = load_tokenizer(str(config["path"]), device="cpu")
+    else:
+        tokenizer = build_model(config, "tokenizer")
+    if tuple(tokenizer.sample_shape) != tuple(dataset.sample_shape):
+        raise ConfigError(
+            f"the tokenizer is made for samples of {tuple(tokenizer.sample_shape)}, the data set has "
+            f"{tuple(dataset.sample_shape)}: set model.config.sample_size and dataset.size alike"
+        )
+    return tokenizer
+
+
+def build_model(config: Mapping[str, Any], kind: str, **given: Any) -> Any:
+    """A freshly initialised model from ``system``, ``preset`` and constructor arguments ``config``; ``given`` fills gaps in them.
+
+    Raises:
+        ConfigError: unknown system or preset, a system of another kind, or an unknown argument.
+    """
+    found = system(str(config["system"]))
+    if found.kind != kind:
+        raise ConfigError(f"system '{found.name}' is a {found.kind}: expected a {kind}")
+    model_class = found.load_class()
+    known = sorted(model_class._get_init_keys(model_class))
+    check_keys(config["config"], known, f"model.config of {found.name}")
+    arguments = {**{k: v for k, v in given.items() if k in known}, **config["config"]}
+    return model_class.from_preset(config["preset"], **arguments) if config["preset"] else model_class(**arguments)
+
+
+def build_generator(config: Mapping[str, Any], tokenizer: VisualTokenizer, dataset: VisualDataset, text_encoder: Any) -> Generator:
+    """A fresh generator for the tokenizer's space, or the one saved at ``path``.
+
+    Arguments that ``config`` leaves out are filled from their surroundings: ``grid``, ``codebook_size`` and ``channels`` from the
+    tokenizer, ``num_classes`` from the data, ``text_dim`` and ``text_length`` from the text encoder.
+    """
+    if (config["system"] is None) == (config["path"] is None):
+        raise ConfigError("model: give exactly one of system (a fresh generator) and path (one to train further)")
+    if config["path"] is not None:
+        generator = load_generator(str(config["path"]))
+    else:
+        space = tokenizer.space
+        given: dict[str, Any] = {"grid": list(space.shape), "codebook_size": space.codebook_size, "channels": space.channels}
+        if text_encoder is None:
+            given["num_classes"] = dataset.num_classes
+        else:
+            given.update(num_classes=None, text_dim=text_encoder.dim, text_length=text_encoder.max_length)
+        generator = build_model(config, "generator", **given)
+    generator.space.require(tokenizer.space)
+    return generator
+
+
+def load_generator(path: str) -> Generator:
+    """The generator in a model directory, or the one of a pipeline's directory or bundled name.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    folder = Path(resolve(path))
+    if (folder / "model_index.json").is_file():
+        folder = folder / "model"
+    check_model_directory(folder)
+    name = str(json.loads((folder / "config.json").read_text()).get("_class_name"))
+    loaded = load_public(name) if name in PUBLIC else None
+    if not (isinstance(loaded, type) and issubclass(loaded, Generator)):
+        raise CheckpointError(f"'{path}' holds a {name}: expected a generator")
+    return loaded.from_pretrained(folder)
+
+
+def plain(config: Any) -> Any:
+    """A configuration node as plain dictionaries and lists."""
+    return OmegaConf.to_container(config, resolve=True)
+
+
+def frames(pixels: Tensor) -> Tensor:
+    """Images as they are; of videos ``(B, 3, T, H, W)``, four frames over their length as images."""
+    if pixels.dim() == 4:
+        return pixels
+    chosen = torch.linspace(0, pixels.shape[2] - 1, 4).round().long()
+    return pixels[:, :, chosen].transpose(1, 2).flatten(0, 1)
