@@ -86,7 +86,11 @@ def test_public_generator_argument():
     assert a.keys[0] != a.keys[1]
     listed = as_noise([torch.Generator().manual_seed(1), torch.Generator().manual_seed(1)], 2, "cpu")
     assert listed.keys[0] == listed.keys[1]
+    torch.manual_seed(0)
+    expected = torch.rand(1)
+    torch.manual_seed(0)
     assert not torch.equal(as_noise(None, 1, "cpu").keys, as_noise(None, 1, "cpu").keys)
+    assert torch.equal(torch.rand(1), expected), "torch's own generator is left alone"
     with pytest.raises(VargenError, match="3 samples: expected 2"):
         as_noise(Noise(0, 3), 2, "cpu")
     with pytest.raises(VargenError, match="1 generators for 2 samples"):

@@ -54,6 +54,11 @@ def linear(scale: float, progress: Progress) -> float:
     return 1.0 + (scale - 1.0) * progress.known_after / progress.tokens
 
 
+def linear_index(scale: float, progress: Progress) -> float:
+    """``1 + (s - 1) * index / total`` over the steps: none in the first (TiTok's masked generator)."""
+    return 1.0 + (scale - 1.0) * progress.index / progress.total
+
+
 def linear_entity(scale: float, progress: Progress) -> float:
     """``1 + (s - 1) * k / (K - 1)`` over entities (xAR); the scale itself for a single entity."""
     return scale if progress.entities == 1 else 1.0 + (scale - 1.0) * progress.entity / (progress.entities - 1)
@@ -67,6 +72,7 @@ def power_cosine(power: float) -> Schedule:
 SCHEDULES: dict[str, Schedule] = {
     "constant": constant,
     "linear": linear,
+    "linear-index": linear_index,
     "linear-entity": linear_entity,
     "power-cosine": power_cosine(1.0),
 }

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 from collections.abc import Sequence
 
 import torch
@@ -50,6 +51,11 @@ class Noise:
         samples = torch.arange(index) if isinstance(index, int) else torch.as_tensor(index, dtype=torch.int64)
         keys = _mix(torch.as_tensor(_wrap(seed), dtype=torch.int64) * _GOLDEN + _MIX2)
         self.keys = _mix(keys ^ _mix(samples * _GOLDEN + _MIX1)).to(device)
+
+    @classmethod
+    def fresh(cls, batch_size: int, device: torch.device | str = "cpu") -> Noise:
+        """Noise of a seed from the operating system, which leaves torch's generators alone."""
+        return cls(int.from_bytes(os.urandom(8), "little"), batch_size, device)
 
     @classmethod
     def from_keys(cls, keys: Tensor) -> Noise:
@@ -138,7 +144,7 @@ def as_noise(
     if isinstance(generator, int):
         return Noise(generator, batch_size, device)
     if generator is None:
-        return Noise(torch.seed(), batch_size, device)
+        return Noise.fresh(batch_size, device)
     generators = [generator] * batch_size if isinstance(generator, torch.Generator) else list(generator)
     if len(generators) != batch_size:
         raise VargenError(f"{len(generators)} generators for {batch_size} samples: expected one for each, or a single one")

@@ -23,6 +23,7 @@ PUBLIC: dict[str, str] = {
     "MaskGITVQGAN": "vargen.tokenizers.titok_vqgan",
     "MingTok": "vargen.tokenizers.mingtok",
     "ModelMixin": "diffusers.models.modeling_utils",
+    "MaskGIT": "vargen.backbones.maskgit",
     "NAR": "vargen.backbones.nar",
     "NBP": "vargen.backbones.nbp",
     "NBPTokenizer": "vargen.tokenizers.nbp",
@@ -92,6 +93,14 @@ SYSTEMS: dict[str, System] = {
                 "FoundationVision/LlamaGen: c2i_{B,L}_{256,384}.pt, c2i_{XL,XXL,3B}_384.pt",
                 "peizesun/llamagen_t2i: t2i_XL_stage1_256.pt, t2i_XL_stage2_512.pt",
             ),
+        ),
+        System(
+            "maskgit",
+            "generator",
+            "MaskGIT",
+            "An Image is Worth 32 Tokens for Reconstruction and Generation, arXiv 2406.07550",
+            "vargen.official.maskgit",
+            ("yucornetto/generator_titok_{l32,b64,s128}_imagenet",),
         ),
         System(
             "nar",

@@ -157,7 +157,7 @@ class CausalGenerator(Generator):
         """Mean cross-entropy over predicted cells; ``weight`` ``(B,)`` weighs samples (LlamaGen's ``valid``)."""
         self.space.check(tokens)
         batch = self.check_condition(condition, len(tokens))
-        noise = noise or Noise(torch.seed(), batch, tokens.device)
+        noise = noise or Noise.fresh(batch, tokens.device)
         drop = noise.uniform("condition_dropout") < self.condition_dropout
         logits = self.assemble(self.sequence(tokens.flatten(1), condition, drop.to(tokens.device)))
         predicted = (self.layout.edges >= 0).any(0).to(tokens.device)
@@ -186,7 +186,7 @@ class CausalGenerator(Generator):
         if options:
             raise VargenError(f"{type(self).__name__}.generate has no option '{next(iter(options))}'")
         batch = self.check_condition(condition, batch_size)
-        noise = noise or Noise(torch.seed(), batch)
+        noise = noise or Noise.fresh(batch)
         training = self.training
         self.eval()
         try:
