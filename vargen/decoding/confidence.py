@@ -70,7 +70,7 @@ def decode_by_confidence(
     unknown = cells if known is None else int((~known[0]).sum())
     if unknown == 0:
         return ids
-    schedule = arccos_schedule(unknown, min(steps, unknown))
+    schedule = arccos_schedule(unknown, steps if known is None else min(steps, unknown))
     for step, target in enumerate(schedule):
         ratio = (step + 1) / len(schedule)
         noise_scale = temperature * (1 - ratio)
