@@ -259,7 +259,7 @@ class TiTok(VisualTokenizer):
 
         Encoder and quantiser of the new model are frozen. Raises ConfigError if the VQGAN's codes are not those of this model.
         """
-        if self.code_head is None or self.pixel_decoder is not None:
+        if self.paints:
             raise ConfigError("this TiTok is no first stage: only a model that predicts codes and has no pixel decoder takes one")
         if vqgan.config.codebook_size != self.config.proxy_codes:
             raise ConfigError(f"a VQGAN of {vqgan.config.codebook_size} codes for a first stage of {self.config.proxy_codes}")
@@ -280,6 +280,16 @@ class TiTok(VisualTokenizer):
     @property
     def sample_shape(self) -> tuple[int, int]:
         return (self.config.image_size, self.config.image_size)
+
+    @property
+    def paints(self) -> bool:
+        """False for the first stage of a two-stage model."""
+        return self.code_head is None or self.pixel_decoder is not None
+
+    @torch.no_grad()
+    def scores(self, pixels: Tensor, text: TextFeatures | None = None, noise: Noise | None = None) -> dict[str, Tensor]:
+        """None for a first stage, which has no pixels to compare."""
+        return super().scores(pixels, text, noise) if self.paints else {}
 
     @property
     def last_layer(self) -> nn.Parameter | None:
@@ -342,7 +352,7 @@ class TiTok(VisualTokenizer):
             tokens, latents, losses, features = self._bottleneck(self.latents(pixels, text), noise)
         if not self.config.train_encoder:
             losses = {}
-        if self.code_head is not None and self.pixel_decoder is None:
+        if not self.paints:
             return TokenizerOutput(tokens, None, losses, {**features, "code_logits": self.code_logits(self.decoder(latents, text))})
         return TokenizerOutput(tokens, self.paint(latents, text) * 2 - 1, losses, features)
 

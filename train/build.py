@@ -14,10 +14,15 @@ from torch import Tensor
 from vargen.checkpoint import check_model_directory
 from vargen.config import check_keys
 from vargen.data.base import VisualDataset
+from vargen.data.loader import ordered_batches
 from vargen.errors import CheckpointError, ConfigError
 from vargen.model import Generator, VisualTokenizer
 from vargen.registry import PUBLIC, load_public, system
 from vargen.sample.load import load_tokenizer, resolve
+from vargen.text import WordEncoder, load_text_encoder
+
+# captions that a word encoder's vocabulary is collected from
+VOCABULARY_SAMPLES = 4096
 
 
 def build_tokenizer(config: Mapping[str, Any], dataset: VisualDataset) -> VisualTokenizer:
@@ -93,6 +98,27 @@ def load_generator(path: str) -> Generator:
     if not (isinstance(loaded, type) and issubclass(loaded, Generator)):
         raise CheckpointError(f"'{path}' holds a {name}: expected a generator")
     return loaded.from_pretrained(folder)
+
+
+def build_text_encoder(settings: Mapping[str, Any], dataset: VisualDataset) -> Any:
+    """The text encoder of a recipe's ``text_encoder`` block, None where it names none.
+
+    ``words``: arguments of a fresh :class:`WordEncoder` over the words of the data's captions; ``path``: a pretrained encoder.
+
+    Raises:
+        ConfigError: both are given, or the data has no captions.
+    """
+    if settings["words"] is None and settings["path"] is None:
+        return None
+    if settings["words"] is not None and settings["path"] is not None:
+        raise ConfigError("text_encoder: give words (a fresh word encoder) or path (a pretrained one), not both")
+    if not dataset.has_captions:
+        raise ConfigError("text_encoder: the data set has no captions; leave the text encoder out and condition on classes")
+    if settings["path"] is not None:
+        return load_text_encoder(settings["path"], max_length=settings["max_length"])
+    captions = (c for b in ordered_batches(dataset, 64, VOCABULARY_SAMPLES) for c in b["captions"])
+    options = {} if settings["max_length"] is None else {"max_length": settings["max_length"]}
+    return WordEncoder.from_captions(captions, **settings["words"], **options)
 
 
 def plain(config: Any) -> Any:

@@ -19,8 +19,8 @@ from vargen.model import Generator, Sampling, VargenModel
 from vargen.noise import Noise
 from vargen.pipeline import VisualARPipeline
 from vargen.sample.load import load_tokenizer
-from vargen.text import WordEncoder, load_text_encoder
-from vargen.train.build import build_generator, frames, plain
+from vargen.text import WordEncoder
+from vargen.train.build import build_generator, build_text_encoder, frames, plain
 from vargen.train.card import write_card
 from vargen.train.loop import TRAINING
 from vargen.train.optim import LR_SCHEDULER, OPTIMIZER
@@ -50,9 +50,6 @@ SCHEMA: dict[str, Any] = {
     "training": TRAINING,
 }
 
-# captions that a word encoder's vocabulary is collected from
-VOCABULARY_SAMPLES = 4096
-
 
 class GeneratorTask(Task):
     """A generator, its frozen tokenizer, its text encoder and its data, as a recipe with the keys of ``SCHEMA`` describes them.
@@ -72,33 +69,19 @@ class GeneratorTask(Task):
         self.tokenizer = load_tokenizer(str(config.tokenizer), device="cpu")
         self.dataset = build_dataset(plain(config.dataset))
         self.held_out = build_dataset({**plain(config.dataset), "split": "test", **plain(config.validation.dataset)})
-        self.text_encoder = self._text_encoder()
+        self.text_encoder = build_text_encoder(plain(config.text_encoder), self.dataset)
         model = build_generator(plain(config.model), self.tokenizer, self.dataset, self.text_encoder)
         self.kinds = model.conditioning
         self._check_condition(model)
-        trained = isinstance(self.text_encoder, WordEncoder)
+        trained = config.text_encoder.words is not None
         self.network = _Network(model, self.text_encoder if trained else None)
         self.fixed = [self.tokenizer] + ([self.text_encoder] if self.text_encoder is not None and not trained else [])
         self.cache: TokenCache | None = None
 
-    def _text_encoder(self) -> Any:
-        settings = self.config.text_encoder
-        if settings.words is not None:
-            if settings.path is not None:
-                raise ConfigError("text_encoder: give words (a word encoder to train) or path (a pretrained one), not both")
-            _require_captions(self.dataset)
-            captions = (c for b in ordered_batches(self.dataset, 64, VOCABULARY_SAMPLES) for c in b["captions"])
-            options = {} if settings.max_length is None else {"max_length": settings.max_length}
-            return WordEncoder.from_captions(captions, **plain(settings.words), **options)
-        if settings.path is not None:
-            _require_captions(self.dataset)
-            return load_text_encoder(settings.path, max_length=settings.max_length)
-        return None
-
     def _check_condition(self, model: Generator) -> None:
         if self.text_encoder is None and ("text" in self.kinds or self.tokenizer.takes_text):
             raise ConfigError("text is needed: set text_encoder.path, or text_encoder.words to train a small encoder along")
-        if self.text_encoder is not None and self.tokenizer.takes_text and isinstance(self.text_encoder, WordEncoder):
+        if self.tokenizer.takes_text and self.config.text_encoder.words is not None:
             raise ConfigError("the tokenizer takes captions too: give text_encoder.path, the encoder that it was trained with")
         if "class" in self.kinds and model.num_classes is not None and self.dataset.num_classes > model.num_classes:
             raise ConfigError(
@@ -243,8 +226,3 @@ def copy_with(model: Any, name: str, state: dict[str, Tensor]) -> Any:
     copy = type(model)(**model.config_dict())
     copy.load_state_dict({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
     return copy.eval()
-
-
-def _require_captions(dataset: VisualDataset) -> None:
-    if not dataset.has_captions:
-        raise ConfigError("text_encoder: the data set has no captions; leave the text encoder out and condition on classes")

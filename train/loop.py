@@ -103,6 +103,7 @@ class Trainer:
         self.checkpoints = Checkpoints(self.output_dir, training.checkpoints_total_limit)
         self.final = self.output_dir / FINAL
 
+        task.total_steps = self.total_steps
         task.setup(self.device)
         base = base_learning_rate(config.optimizer, self.batch_size)
         self.rate = learning_rate(config.lr_scheduler, base, self.total_steps, warmup)

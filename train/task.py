@@ -43,12 +43,14 @@ class Task(ABC):
         adversary: module with the parameters that the second optimizer trains, or None.
         fixed: modules that are used but not trained.
         dataset: training data.
+        total_steps: of the run, set by the trainer.
     """
 
     network: nn.Module
     adversary: nn.Module | None = None
     fixed: Sequence[nn.Module] = ()
     dataset: VisualDataset
+    total_steps: int
 
     @abstractmethod
     def models(self) -> dict[str, VargenModel]:

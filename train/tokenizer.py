@@ -11,14 +11,14 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from vargen.condition import TextFeatures
-from vargen.data.base import VisualDataset, build_dataset
+from vargen.data.base import build_dataset
 from vargen.data.loader import Batch, ordered_batches
 from vargen.errors import ConfigError
 from vargen.losses.objective import TokenizerObjective
 from vargen.model import TokenizerOutput, VisualTokenizer
+from vargen.nn.quantize import codebook_statistics
 from vargen.noise import Noise
-from vargen.text import load_text_encoder
-from vargen.train.build import build_tokenizer, frames, plain
+from vargen.train.build import build_text_encoder, build_tokenizer, frames, plain
 from vargen.train.card import write_card
 from vargen.train.loop import TRAINING
 from vargen.train.optim import LR_SCHEDULER, OPTIMIZER
@@ -36,7 +36,7 @@ SCHEMA: dict[str, Any] = {
     "dataset": {},
     "validation": {"dataset": {}, "samples": 512, "pictures": 16},
     "model": {"system": None, "preset": None, "config": {}, "path": None},
-    "text_encoder": {"path": None, "max_length": None},
+    "text_encoder": {"path": None, "max_length": None, "words": None},
     "objective": OBJECTIVE,
     "optimizer": OPTIMIZER,
     "discriminator_optimizer": dict.fromkeys(OPTIMIZER),
@@ -47,6 +47,9 @@ SCHEMA: dict[str, Any] = {
 
 class TokenizerTask(Task):
     """A visual tokenizer, its objective and its data, as a recipe with the keys of ``SCHEMA`` describes them.
+
+    The text encoder of a tokenizer that takes captions is frozen, a fresh word encoder (``text_encoder.words``) too, and stands
+    beside the finished tokenizer, which is of no use without it.
 
     Raises:
         ConfigError: unknown system, preset or argument; a data set of another size or kind than the tokenizer's.
@@ -64,7 +67,11 @@ class TokenizerTask(Task):
             self.adversary = self.objective
         self.text_encoder: Any = None
         if self.tokenizer.takes_text:
-            self.text_encoder = _text_encoder(config, self.dataset)
+            self.text_encoder = build_text_encoder(plain(config.text_encoder), self.dataset)
+            if self.text_encoder is None:
+                raise ConfigError(
+                    "this tokenizer takes captions: set text_encoder.path, e.g. google/flan-t5-base, or text_encoder.words"
+                )
             self.fixed = (self.text_encoder,)
 
     def models(self) -> dict[str, VisualTokenizer]:
@@ -80,7 +87,7 @@ class TokenizerTask(Task):
 
     def losses(self, network: nn.Module, batch: Batch, noise: Noise, step: int) -> dict[str, Tensor]:
         pixels = batch["pixels"]
-        output: TokenizerOutput = network(pixels, self._text(batch), noise)
+        output: TokenizerOutput = network(pixels, self._text(batch), noise, (step - 1) / self.total_steps)
         self._last = (pixels, None if output.reconstruction is None else output.reconstruction.detach())
         losses = self.objective.generator_losses(pixels, output, step, self.tokenizer.last_layer)
         scalars = {name: value for name, value in output.features.items() if value.dim() == 0}
@@ -90,34 +97,41 @@ class TokenizerTask(Task):
         return self.objective.discriminator_losses(*self._last, step)
 
     def validate(self) -> dict[str, float]:
-        """PSNR in dB over held-out samples (mean of the samples' own), and the share of codes that they use."""
-        psnr, used = [], set()
+        """Means of the tokenizer's scores over held-out samples, and how they use its codes."""
+        scores: dict[str, list[Tensor]] = {}
+        indices = []
         for batch in ordered_batches(self.held_out, self.config.training.batch_size, self.config.validation.samples):
-            pixels = batch["pixels"].to(self.device)
-            text = self._text(batch)
-            tokens = self.tokenizer.encode(pixels, text, Noise(0, len(pixels), self.device))
-            painted = self.tokenizer.decode(tokens, text, Noise(0, len(pixels), self.device)).clamp(-1, 1)
-            psnr.append(10 * torch.log10(4 / (painted - pixels).square().flatten(1).mean(1).clamp(min=1e-10)))
+            pixels, text = batch["pixels"].to(self.device), self._text(batch)
+            noise = Noise(0, len(pixels), self.device)
+            for name, values in self.tokenizer.scores(pixels, text, noise).items():
+                scores.setdefault(name, []).append(values)
             if self.tokenizer.space.discrete:
-                used.update(tokens.flatten().tolist())
-        scores = {"psnr": float(torch.cat(psnr).mean())}
-        size = self.tokenizer.space.codebook_size
-        return {**scores, "codebook_usage": len(used) / size} if size else scores
+                indices.append(self.tokenizer.encode(pixels, text, noise).flatten())
+        means = {name: float(torch.cat(values).mean()) for name, values in scores.items()}
+        if indices and self.tokenizer.space.codebook_size is not None:
+            usage = codebook_statistics(torch.cat(indices), self.tokenizer.space.codebook_size)
+            means |= {name: float(value) for name, value in usage.items()}
+        return means
 
     def _examples(self) -> tuple[Tensor, TextFeatures | None]:
-        batch = next(ordered_batches(self.held_out, self.config.validation.pictures, self.config.validation.pictures))
+        count = int(self.config.validation.pictures)
+        batch = next(ordered_batches(self.held_out, count, count))
         return batch["pixels"].to(self.device), self._text(batch)
 
-    def reference(self) -> Tensor:
-        return frames(self._examples()[0])
+    def reference(self) -> Tensor | None:
+        return frames(self._examples()[0]) if self.tokenizer.paints else None
 
-    def preview(self) -> Tensor:
+    def preview(self) -> Tensor | None:
+        if not self.tokenizer.paints:
+            return None
         pixels, text = self._examples()
         noise = Noise(0, len(pixels), self.device)
         return frames(self.tokenizer.decode(self.tokenizer.encode(pixels, text, noise), text, noise))
 
     def export(self, folder: Path, state: dict[str, Tensor], facts: Facts) -> None:
         write_model(folder, self.tokenizer, {k.removeprefix("tokenizer."): v for k, v in state.items()})
+        if self.text_encoder is not None:
+            self.text_encoder.save_pretrained(folder / "text_encoder")
         write_card(folder, f"{type(self.tokenizer).__name__}: tokenizer for {self.config.dataset.name}", self.command, facts)
 
 
@@ -128,13 +142,6 @@ class _Network(nn.Module):
         super().__init__()
         self.tokenizer = tokenizer
 
-    def forward(self, pixels: Tensor, text: TextFeatures | None, noise: Noise) -> TokenizerOutput:
-        return self.tokenizer(pixels, text, noise)
-
-
-def _text_encoder(config: DictConfig, dataset: VisualDataset) -> Any:
-    if config.text_encoder.path is None:
-        raise ConfigError("this tokenizer takes captions: set text_encoder.path, e.g. google/flan-t5-base")
-    if not dataset.has_captions:
-        raise ConfigError("this tokenizer takes captions, but the data set has none")
-    return load_text_encoder(config.text_encoder.path, max_length=config.text_encoder.max_length)
+    def forward(self, pixels: Tensor, text: TextFeatures | None, noise: Noise, progress: float) -> TokenizerOutput:
+        schedule = {"progress": progress} if self.tokenizer.scheduled else {}
+        return self.tokenizer(pixels, text, noise, **schedule)
