@@ -23,6 +23,7 @@ DATASETS: dict[str, tuple[str, str]] = {
     "folder": ("vargen.data.folder", "ImageFolder"),
     "photos": ("vargen.data.photos", "Photos"),
     "shapes": ("vargen.data.shapes", "Shapes"),
+    "video": ("vargen.data.video", "VideoFolder"),
     "shapes-video": ("vargen.data.shapes", "ShapesVideo"),
 }
 

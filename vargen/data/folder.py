@@ -9,6 +9,7 @@ import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -53,6 +54,9 @@ class ImageFolder(VisualDataset):
         DataError: no such folder, no readable image, or folder names that are not in ``classes``.
     """
 
+    extensions = EXTENSIONS
+    noun = "image"
+
     def __init__(
         self,
         root: str | os.PathLike[str],
@@ -66,7 +70,7 @@ class ImageFolder(VisualDataset):
     ) -> None:
         self.root = Path(root)
         if not self.root.is_dir():
-            raise DataError(f"image folder '{self.root}' does not exist or is not a folder")
+            raise DataError(f"{self.noun} folder '{self.root}' does not exist or is not a folder")
         if crop not in ("center", "random"):
             raise DataError(f"crop '{crop}': expected center or random")
         if not 0 < holdout < 1:
@@ -88,8 +92,8 @@ class ImageFolder(VisualDataset):
         self.files = [f for name in self.classes for f in by_class.get(name, [])]
         if not self.files:
             raise DataError(
-                f"'{self.root}' holds no readable image for split '{split}' ({len(self.skipped)} broken files); "
-                f"expected files such as .png or .jpg, in class folders or flat"
+                f"'{self.root}' holds no readable {self.noun} for split '{split}' ({len(self.skipped)} broken files); "
+                f"expected files such as {', '.join(sorted(self.extensions)[-3:])}, in class folders or flat"
             )
         self._labels = torch.tensor([i for i, name in enumerate(self.classes) for _ in by_class.get(name, [])])
         self._starts = torch.searchsorted(self._labels, torch.arange(len(self.classes) + 1)).tolist()
@@ -101,17 +105,16 @@ class ImageFolder(VisualDataset):
             logger.warning("%s: %d of %d files skipped: %s", self.root, len(self.skipped), len(self), names)
 
     def _scan(self, root: Path) -> dict[str, list[Path]]:
-        """Non-empty image files of every class; the class of a flat folder is named like the folder."""
+        """Non-empty files of every class; the class of a flat folder is named like the folder."""
         loose, folders = [], []
         for entry in sorted(root.iterdir()):
             if entry.is_dir() and not entry.name.startswith("."):
                 folders.append(entry)
-            elif entry.suffix.lower() in EXTENSIONS and not entry.name.startswith("."):
+            elif entry.suffix.lower() in self.extensions and not entry.name.startswith("."):
                 loose.append(entry)
         by_class = {}
         for folder in folders:
-            names = sorted(Path(place) / name for place, _, inner in os.walk(folder, followlinks=True) for name in inner)
-            files = [p for p in names if p.suffix.lower() in EXTENSIONS and not p.name.startswith(".")]
+            files = self._files(folder)
             if files:
                 by_class[folder.name] = files
         if not by_class:
@@ -121,9 +124,14 @@ class ImageFolder(VisualDataset):
                 self._skip(path, "lies beside class folders, so it has no class")
         return {name: [p for p in files if self._has_bytes(p)] for name, files in by_class.items()}
 
+    def _files(self, folder: Path) -> list[Path]:
+        """Files with the right endings below a class folder, sorted."""
+        names = sorted(Path(place) / name for place, _, inner in os.walk(folder, followlinks=True) for name in inner)
+        return [p for p in names if p.suffix.lower() in self.extensions and not p.name.startswith(".")]
+
     def _has_bytes(self, path: Path) -> bool:
         try:
-            filled = path.stat().st_size > 0
+            filled = path.is_dir() or path.stat().st_size > 0
         except OSError as error:
             self._skip(path, f"cannot be read ({error.strerror})")
             return False
@@ -138,12 +146,12 @@ class ImageFolder(VisualDataset):
             logger.info("%s: skipped '%s': it %s", self.root, name, reason)
 
     def _first_readable(self) -> None:
-        """Reads up to the first good image of the folder, so that a folder of broken files is refused at once."""
+        """Reads up to the first good file of the folder, so that a folder of broken files is refused at once."""
         for path in self.files:
             if self._read(path) is not None:
                 return
         names = ", ".join(list(self.skipped)[:5])
-        raise DataError(f"'{self.root}': none of the {len(self.files)} image files is readable (broken: {names})")
+        raise DataError(f"'{self.root}': none of the {len(self.files)} {self.noun} files is readable (broken: {names})")
 
     def __len__(self) -> int:
         return len(self.files)
@@ -152,14 +160,21 @@ class ImageFolder(VisualDataset):
     def labels(self) -> Tensor:
         return self._labels
 
-    def _read(self, path: Path) -> Image.Image | None:
+    def _read(self, path: Path, index: int = 0, epoch: int = 0) -> Any:
+        """What :meth:`_load` gives, or None for a file that is broken."""
         if str(path.relative_to(self.root)) in self.skipped:
             return None
         try:
-            return read_image(path)
+            return self._load(path, index, epoch)
         except DataError as error:
             self._skip(path, str(error))
             return None
+
+    def _load(self, path: Path, index: int, epoch: int) -> Any:
+        return read_image(path)
+
+    def _pixels(self, media: Any, index: int, epoch: int) -> Tensor:
+        return self._crop(media, index, epoch)
 
     def get(self, index: int, epoch: int = 0) -> Item:
         label = int(self._labels[index])
@@ -167,16 +182,16 @@ class ImageFolder(VisualDataset):
         for step in range(stop - start):
             path = self.files[start + (index - start + step) % (stop - start)]
             known = len(self.skipped)
-            image = self._read(path)
+            media = self._read(path, index, epoch)
             if len(self.skipped) > known:
                 reason = list(self.skipped.values())[-1]
                 logger.warning("%s: skipped '%s': it %s (%d so far)", self.root, path.name, reason, len(self.skipped))
-            if image is not None:
-                item: Item = {"pixels": self._crop(image, index, epoch), "class_label": label}
+            if media is not None:
+                item: Item = {"pixels": self._pixels(media, index, epoch), "class_label": label}
                 if self.has_captions:
                     item["caption"] = self._caption(path)
                 return item
-        raise DataError(f"'{self.root}': every image of class '{self.classes[label]}' is broken; remove it or mend its files")
+        raise DataError(f"'{self.root}': every {self.noun} of class '{self.classes[label]}' is broken; remove it or mend its files")
 
     def _caption(self, path: Path) -> str:
         key = path.relative_to(self.root).as_posix()
