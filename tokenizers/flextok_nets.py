@@ -87,7 +87,8 @@ class RegisterEncoder(nn.Module):
     ) -> None:
         super().__init__()
         self.patches = Patches(channels, dim, patch_size, grid, positions)
-        self.registers = nn.Parameter(torch.nn.init.trunc_normal_(torch.empty(num_registers, dim), std=0.02))
+        self.registers = nn.Parameter(torch.empty(num_registers, dim))
+        nn.init.trunc_normal_(self.registers, std=0.02)
         self.blocks = make_blocks(depth, dim, head_dim)
         self.norm = LayerNorm(dim, EPS, affine=False)
         self.to_code = nn.Linear(dim, code_dim)
@@ -125,9 +126,11 @@ class FlowDecoder(nn.Module):
         super().__init__()
         self.from_code = nn.Linear(code_dim, dim)
         self.register_positions = nn.Parameter(0.02 * torch.randn(num_registers, dim))
-        self.dropped = nn.Parameter(torch.nn.init.trunc_normal_(torch.empty(dim), std=0.02))
-        null = torch.nn.init.trunc_normal_(torch.empty(dim), std=0.02)
-        self.null = nn.Parameter(null) if learned_null else None
+        self.dropped = nn.Parameter(torch.empty(dim))
+        nn.init.trunc_normal_(self.dropped, std=0.02)
+        self.null = nn.Parameter(torch.empty(dim)) if learned_null else None
+        if self.null is not None:
+            nn.init.trunc_normal_(self.null, std=0.02)
         self.patches = Patches(channels, dim, patch_size, grid, positions)
         self.time = TimestepEmbedding(dim, max_period=256, scale=1000 / max_timestep)
         self.blocks = make_blocks(depth, dim, head_dim)

@@ -15,23 +15,25 @@ from vargen.losses.contrastive import contrastive_loss, retrieval_accuracy
 from vargen.model import TokenizerOutput
 from vargen.noise import Noise
 from vargen.space import TokenSpace
+from vargen.tokenizers.seed.captions import SPECIAL, CaptionIds
 from vargen.tokenizers.seed.causal import RELEASED, TINY, CausalEmbedder, freeze, no_pixels
 
 PRESETS: dict[str, dict[str, Any]] = {
     "seed-2": RELEASED,
-    "seed-tiny": {**TINY, "vocab_size": 128, "max_text": 32, "feature_dim": 64},
+    "seed-tiny": {**TINY, "max_text": 24, "feature_dim": 64, "freeze_vision": False},
 }
 
 
 class SeedEmbedder(CausalEmbedder):
     """Images to causal embeddings, trained by a contrastive loss on the last one of them and the captions' own.
 
-    Captions pass through the same BERT as the queries, so ``text`` holds word ids: ``features`` ``(B, L, 1)`` from
-    :class:`~vargen.tokenizers.seed.captions.CaptionIds`.
+    Captions pass through the same BERT as the queries: ``text`` holds word ids, ``features`` ``(B, L, 1)``, from ``text_encoder``.
 
     Args:
         image_size ... causal: as of :class:`~vargen.tokenizers.seed.tokenizer.SeedTokenizer`.
-        vocab_size, max_text: of the captions.
+        words: closed vocabulary of the captions; None for that of ``caption_tokenizer``, with vocab_size words.
+        caption_tokenizer: directory or hub id of a tokenizer of transformers.
+        max_text, max_caption: positions of the text branch, and tokens that captions are cut to.
         feature_dim: width of the compared features.
         temperature: initial divisor of the cosines, learned.
         label_smoothing: of the contrastive targets.
@@ -56,15 +58,20 @@ class SeedEmbedder(CausalEmbedder):
         mlp_hidden: int = 3072,
         dropout: float = 0.1,
         causal: bool = True,
+        words: list[str] | None = None,
+        caption_tokenizer: str = "bert-base-uncased",
         vocab_size: int = 30523,
         max_text: int = 512,
+        max_caption: int = 32,
         feature_dim: int = 256,
         temperature: float = 0.07,
         label_smoothing: float = 0.1,
         freeze_vision: bool = True,
     ) -> None:
         super().__init__()
-        self._build(vocab_size, max_text)
+        self.vocab_size_ = vocab_size if words is None else SPECIAL + len(words)
+        self._build(self.vocab_size_, max_text)
+        self.text_encoder = CaptionIds(words, caption_tokenizer, min(max_caption, max_text))
         if freeze_vision:
             freeze(self.vision)
             self.vision.norm.requires_grad_(True)
@@ -100,15 +107,15 @@ class SeedEmbedder(CausalEmbedder):
     def text_hidden(self, text: TextFeatures) -> Tensor:
         """Word ids to hidden states ``(B, L, dim)``."""
         ids = text.features[..., 0].long()
-        if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < self.config.vocab_size:
-            raise VargenError(f"word ids span {int(ids.min())}..{int(ids.max())}: expected 0..{self.config.vocab_size - 1}")
+        if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < self.vocab_size_:
+            raise VargenError(f"word ids span {int(ids.min())}..{int(ids.max())}: expected 0..{self.vocab_size_ - 1}")
         return self.qformer.text(ids, text.mask)
 
     @torch.no_grad()
     def scores(self, pixels: Tensor, text: TextFeatures | None = None, noise: Noise | None = None) -> dict[str, Tensor]:
         """Whether an image finds its caption among those of the batch (chance 1 / B), and a caption its image."""
         if text is None:
-            raise VargenError("SeedEmbedder is scored on captions: pass text, word ids from CaptionIds")
+            raise VargenError("SeedEmbedder is scored on captions: pass text=embedder.text_encoder.encode(captions)")
         image, caption = self.image_features(self.encode(pixels, text)), self.text_features(text)
         partner = torch.arange(len(pixels), device=pixels.device)
         found = {"image_to_text": image @ caption.T, "text_to_image": caption @ image.T}
@@ -118,7 +125,7 @@ class SeedEmbedder(CausalEmbedder):
         """The first stage's training pass."""
         embeddings = self.causal_embeddings(self.check_pixels(pixels, text))
         if text is None:
-            raise VargenError("SeedEmbedder learns from captions: pass text, word ids from CaptionIds")
+            raise VargenError("SeedEmbedder learns from captions: pass text=embedder.text_encoder.encode(captions)")
         image, caption = self.image_features(embeddings), self.text_features(text)
         loss = contrastive_loss(image, caption, self.temperature_, self.config.label_smoothing)
         return TokenizerOutput(
