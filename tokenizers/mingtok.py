@@ -25,7 +25,7 @@ from vargen.nn.cache import KVCache
 from vargen.nn.mlp import swiglu_hidden
 from vargen.nn.norm import LayerNorm
 from vargen.nn.patch import PatchEmbed, patch_grid, patchify, resize_positions, unpatchify
-from vargen.nn.vit import Transformer
+from vargen.nn.vit import Transformer, init_vit
 from vargen.noise import Noise, as_noise
 from vargen.space import TokenSpace
 
@@ -232,6 +232,7 @@ class MingTok(VisualTokenizer):
             self.teacher_heads["latent_teacher"] = nn.Linear(latent_channels, latent_teacher_channels)
         if semantic_teacher_channels is not None:
             self.teacher_heads["semantic_teacher"] = nn.Linear(semantic_dim, semantic_teacher_channels)
+        init_vit(self)
 
     @property
     def space(self) -> TokenSpace:

@@ -17,7 +17,7 @@ from vargen.errors import VargenError
 from vargen.model import TokenizerOutput, VisualTokenizer
 from vargen.nn.gaussian import DiagonalGaussian
 from vargen.nn.patch import PatchEmbed, patch_grid, unpatchify
-from vargen.nn.vit import Transformer, key_mask
+from vargen.nn.vit import Transformer, init_vit, key_mask
 from vargen.noise import Noise, as_noise
 from vargen.space import TokenSpace
 
@@ -105,6 +105,7 @@ class TexTok(VisualTokenizer):
         self.decoder_text = TextGroup(text_dim, dim, text_length) if decoder_text else None
         self.decoder = Transformer(depth, dim, heads, final_norm=True)
         self.to_pixels = nn.Linear(dim, math.prod(self.patch) * 3)
+        init_vit(self)
         if encoder_text or decoder_text:
             self.takes_text, self.text_shape = True, (text_length, text_dim)
 

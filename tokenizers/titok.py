@@ -23,7 +23,7 @@ from vargen.nn.gaussian import DiagonalGaussian
 from vargen.nn.mlp import MLP
 from vargen.nn.patch import PatchEmbed, patch_grid, unpatchify
 from vargen.nn.quantize import VectorQuantizer
-from vargen.nn.vit import Transformer, key_mask
+from vargen.nn.vit import Transformer, init_vit, key_mask
 from vargen.noise import Noise, as_noise
 from vargen.space import TokenSpace
 from vargen.tokenizers.titok_vqgan import Decoder as VQGANDecoder
@@ -238,6 +238,10 @@ class TiTok(VisualTokenizer):
             self.pixel_conv = nn.Conv2d(3, 3, 3, padding=1)
         else:
             self.code_head = MLP(decoder_dim, 2 * decoder_dim, proxy_codes, act="tanh")
+        init_vit(self)
+        if self.pixel_conv is not None:
+            # starts as the identity, so that the head below it learns from the first step
+            nn.init.dirac_(self.pixel_conv.weight)
         if pixel_widths is not None:
             if proxy_codes is None:
                 raise ConfigError("pixel_widths describe the pixel decoder of a two-stage TiTok: give proxy_codes too")

@@ -75,3 +75,12 @@ def key_mask(*groups: Tensor | int, batch_size: int) -> Tensor:
     device = next((g.device for g in groups if isinstance(g, Tensor)), torch.device("cpu"))
     parts = [torch.ones(batch_size, g, dtype=torch.bool, device=device) if isinstance(g, int) else g for g in groups]
     return torch.cat(parts, dim=1)[:, None, None, :]
+
+
+def init_vit(module: nn.Module, std: float = 0.02) -> None:
+    """Truncated normal weights of ``std`` and zero biases for every linear layer and convolution inside, as ViTs start."""
+    for part in module.modules():
+        if isinstance(part, (nn.Linear, nn.Conv2d, nn.Conv3d)):
+            nn.init.trunc_normal_(part.weight, std=std)
+            if part.bias is not None:
+                nn.init.zeros_(part.bias)
