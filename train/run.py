@@ -49,6 +49,9 @@ def train(
     module, task = KINDS[kind]
     loaded = importlib.import_module(module)
     config = load_config(recipe, overrides, loaded.SCHEMA)
+    missing = sorted(OmegaConf.missing_keys(config))
+    if missing:
+        raise ConfigError(f"the recipe leaves {', '.join(missing)} to you: add {' '.join(f'{key}=...' for key in missing)}")
     target = output_dir or config.output_dir
     if target is None:
         raise ConfigError("no output directory: give --output, or set output_dir in the recipe")

@@ -65,8 +65,8 @@ class TokenizerTask(Task):
         self.objective = TokenizerObjective(**plain(config.objective))
         if self.objective.discriminator_parameters():
             self.adversary = self.objective
-        self.text_encoder: Any = None
-        if self.tokenizer.takes_text:
+        self.text_encoder: Any = self.tokenizer.text_encoder
+        if self.tokenizer.takes_text and self.text_encoder is None:
             self.text_encoder = build_text_encoder(plain(config.text_encoder), self.dataset)
             if self.text_encoder is None:
                 raise ConfigError(
@@ -130,7 +130,7 @@ class TokenizerTask(Task):
 
     def export(self, folder: Path, state: dict[str, Tensor], facts: Facts) -> None:
         write_model(folder, self.tokenizer, {k.removeprefix("tokenizer."): v for k, v in state.items()})
-        if self.text_encoder is not None:
+        if self.text_encoder is not None and self.text_encoder is not self.tokenizer.text_encoder:
             self.text_encoder.save_pretrained(folder / "text_encoder")
         write_card(folder, f"{type(self.tokenizer).__name__}: tokenizer for {self.config.dataset.name}", self.command, facts)
 

@@ -1,4 +1,4 @@
-"""Recipes end to end on tiny models: tokenizer, then generators by class and by caption, resumed exactly and exported to be used."""
+"""Recipes end to end on tiny models: tokenizer, then generators by class and by caption, resumed exactly and exported."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+import typer
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
+from typer.testing import CliRunner
 
+from vargen.cli.train import train as command
 from vargen.config import RECIPES, load_config
 from vargen.errors import ConfigError, VargenError
 from vargen.pipeline import VisualARPipeline
@@ -201,6 +204,11 @@ def test_an_output_directory_is_needed():
         train(tokenizer_recipe())
 
 
+def test_what_a_recipe_leaves_to_the_user_is_asked_for(tmp_path: Path):
+    with pytest.raises(ConfigError, match=r"add dataset.root="):
+        train("folder/tokenizer", output_dir=tmp_path)
+
+
 def test_missing_perceptual_weights_must_be_switched_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "empty"))
     monkeypatch.setenv("HOME", str(tmp_path / "empty"))
@@ -216,6 +224,17 @@ def test_recipes_that_ship_are_known_to_the_schema(path: Path):
     config = load_config(path, schema={"tokenizer": tokenizer.SCHEMA, "generator": generator.SCHEMA}[kind])
     assert config.output_dir
     assert config.optimizer.learning_rate or config.optimizer.blr
+
+
+def test_the_command(tmp_path: Path):
+    file = tmp_path / "recipe.yaml"
+    OmegaConf.save(tokenizer_recipe(max_train_steps=1), file)
+    app = typer.Typer()
+    app.command()(command)
+    result = CliRunner().invoke(app, [str(file), "seed=3", "--output", str(tmp_path / "run")])
+    assert result.output.strip().endswith(str(tmp_path / "run" / "final"))
+    assert "seed=3" in (tmp_path / "run" / "final" / "README.md").read_text()
+    assert OmegaConf.load(tmp_path / "run" / "checkpoint-00000001" / "recipe.yaml").seed == 3
 
 
 @pytest.mark.parametrize("name", ["digits/tokenizer", "shapes/tokenizer"])
