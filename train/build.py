@@ -19,7 +19,7 @@ from vargen.errors import CheckpointError, ConfigError
 from vargen.model import Generator, VisualTokenizer
 from vargen.registry import PUBLIC, load_public, system
 from vargen.sample.load import load_tokenizer, resolve
-from vargen.text import WordEncoder, load_text_encoder
+from vargen.text import WordEncoder, load_text_encoder, split_words
 
 # captions that a word encoder's vocabulary is collected from
 VOCABULARY_SAMPLES = 4096
@@ -36,7 +36,10 @@ def build_tokenizer(config: Mapping[str, Any], dataset: VisualDataset) -> Visual
     if config["path"] is not None:
         tokenizer = load_tokenizer(str(config["path"]), device="cpu")
     else:
-        tokenizer = build_model(config, "tokenizer")
+        fresh = system(str(config["system"])).load_class()
+        # a tokenizer that embeds words itself (SEED's first stage) takes those of the data unless the recipe says otherwise
+        words = "words" in fresh._get_init_keys(fresh) and "words" not in config["config"] and dataset.has_captions
+        tokenizer = build_model(config, "tokenizer", **({"words": vocabulary(dataset)} if words else {}))
     if tuple(tokenizer.sample_shape) != tuple(dataset.sample_shape):
         raise ConfigError(
             f"the tokenizer is made for samples of {tuple(tokenizer.sample_shape)}, the data set has "
@@ -116,9 +119,14 @@ def build_text_encoder(settings: Mapping[str, Any], dataset: VisualDataset) -> A
         raise ConfigError("text_encoder: the data set has no captions; leave the text encoder out and condition on classes")
     if settings["path"] is not None:
         return load_text_encoder(settings["path"], max_length=settings["max_length"])
-    captions = (c for b in ordered_batches(dataset, 64, VOCABULARY_SAMPLES) for c in b["captions"])
     options = {} if settings["max_length"] is None else {"max_length": settings["max_length"]}
-    return WordEncoder.from_captions(captions, **settings["words"], **options)
+    return WordEncoder(vocabulary(dataset), **settings["words"], **options)
+
+
+def vocabulary(dataset: VisualDataset) -> list[str]:
+    """The words of the first captions of a data set, sorted."""
+    captions = (c for b in ordered_batches(dataset, 64, VOCABULARY_SAMPLES) for c in b["captions"])
+    return sorted({word for caption in captions for word in split_words(caption)})
 
 
 def plain(config: Any) -> Any:

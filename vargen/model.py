@@ -122,6 +122,7 @@ class VisualTokenizer(VargenModel):
     Attributes:
         takes_text: ``encode`` and ``decode`` need captions (TexTok, TA-TiTok); a configuration may decide.
         text_shape: most tokens that a caption may have, and the width of their features; None if any will do.
+        text_encoder: reads captions for this tokenizer, where it embeds words by itself; None for any text encoder.
         video: pixels have a time axis.
         scheduled: ``forward`` takes ``progress=``, the share in [0, 1] of the training that is done.
         paints: ``decode`` makes pixels; False where tokens stand for meaning and no decoder of them is at hand.
@@ -129,6 +130,7 @@ class VisualTokenizer(VargenModel):
 
     takes_text: bool = False
     text_shape: tuple[int, int] | None = None
+    text_encoder: Any = None
     video: ClassVar[bool] = False
     scheduled: ClassVar[bool] = False
 

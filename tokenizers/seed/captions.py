@@ -35,7 +35,8 @@ class CaptionIds:
     dim = 1
 
     def __init__(self, words: Sequence[str] | None = None, tokenizer: str | None = None, max_length: int = 32) -> None:
-        self.max_length, self._source, self._tokenizer = max_length, tokenizer, None
+        self.max_length, self._source = max_length, tokenizer
+        self._tokenizer: Any = None
         self._ids = None if words is None else {word: i for i, word in enumerate(words, start=SPECIAL)}
 
     def encode(self, texts: Sequence[str]) -> TextFeatures:
