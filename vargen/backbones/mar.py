@@ -19,6 +19,7 @@ from vargen.guidance import Guidance
 from vargen.heads.diffusion import Combine
 from vargen.heads.make import token_head
 from vargen.model import Generator, OnStep, Sampling
+from vargen.nn.init import initialise
 from vargen.nn.masking import ConditionSlots, drop_rows, pad_visible, positions_where, put, take, truncated_normal_rate
 from vargen.nn.mode import evaluating
 from vargen.nn.norm import LayerNorm
@@ -160,7 +161,7 @@ class MAR(Generator):
         """Denoising loss of masked tokens; the mask rate is one draw for the whole batch, from its first sample."""
         tokens = self.space.check(tokens).flatten(1, -2)
         batch = self.check_condition(condition, len(tokens))
-        noise = noise or Noise(torch.seed(), batch, tokens.device)
+        noise = noise or Noise.fresh(batch, tokens.device)
         cells = tokens.shape[1]
         rate = truncated_normal_rate(float(noise.uniform("mask_rate")[0]), self.config.mask_ratio_min)
         masked = math.ceil(cells * rate)
@@ -217,7 +218,7 @@ class MAR(Generator):
         guidance = guidance or Guidance()
         if guidance.rows > 2:
             raise VargenError("MAR has a condition and a null condition: guidance with a partial condition is not possible")
-        noise = (noise or Noise(torch.seed(), batch)).to(self.device)
+        noise = (noise or Noise.fresh(batch)).to(self.device)
         cells = math.prod(self.config.grid)
         known, given = given_tokens(self.space, batch, options.get("known"), options.get("tokens"))
         tokens = torch.zeros(batch, cells, self.config.channels, device=self.device)
@@ -238,13 +239,3 @@ class MAR(Generator):
                 head_steps=options.get("head_steps"),
             )
         return tokens.reshape(batch, *self.space.token_shape)
-
-
-def initialise(module: nn.Module) -> None:
-    """Xavier for linear layers (the fused projection as one matrix), N(0, 0.02^2) for tables."""
-    if isinstance(module, nn.Linear):
-        nn.init.xavier_uniform_(module.weight)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
-    elif isinstance(module, nn.Embedding):
-        nn.init.normal_(module.weight, std=0.02)
