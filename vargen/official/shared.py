@@ -82,3 +82,39 @@ def square(cells: int) -> tuple[int, int]:
     if side * side != cells:
         raise CheckpointError(f"{cells} positions do not form a square grid: pass grid=(rows, columns)")
     return side, side
+
+
+_LDM_RULES = (
+    (r"(.*)\.mid\.block_1\.(.*)", r"\1.mid.0.\2"),
+    (r"(.*)\.mid\.attn_1\.(.*)", r"\1.mid.1.\2"),
+    (r"(.*)\.mid\.block_2\.(.*)", r"\1.mid.2.\2"),
+    (r"(.*)\.(?:down|up)\.(\d+)\.block\.(.*)", r"\1.levels.\2.blocks.\3"),
+    (r"(.*)\.(?:down|up)\.(\d+)\.attn\.(.*)", r"\1.levels.\2.attentions.\3"),
+    (r"(.*)\.(?:down|up)\.(\d+)\.(?:down|up)sample\.(.*)", r"\1.levels.\2.resample.\3"),
+)
+
+
+def ldm_autoencoder(state: Mapping[str, Tensor]) -> State:
+    """State of :mod:`vargen.nn.conv`'s networks from that of latent diffusion's, VQ-GAN's and MAR's; other keys are kept.
+
+    There, both networks number levels from full resolution; our decoder's stand in the order of the computation.
+    """
+    last = count(state, "decoder.up") - 1
+    ours: State = {}
+    for key, value in rename(state, _LDM_RULES).items():
+        level = re.match(r"decoder\.levels\.(\d+)\.", key)
+        if level:
+            key = f"decoder.levels.{last - int(level[1])}.{key[level.end() :]}"
+        ours[key.replace(".nin_shortcut.", ".shortcut.").replace(".proj_out.", ".out.")] = value
+    return ours
+
+
+def ldm_sizes(state: Mapping[str, Tensor]) -> dict[str, list[int]]:
+    """Widths, blocks per level and levels with attention of both networks of an :func:`ldm_autoencoder` state as published."""
+    sizes: dict[str, list[int]] = {}
+    for network, levels in (("encoder", "encoder.down"), ("decoder", "decoder.up")):
+        depth = range(count(state, levels))
+        sizes[f"{network}_widths"] = [shape_of(state, f"{levels}.{i}.block.0.conv2.weight", 4)[0] for i in depth]
+        sizes[f"{network}_blocks"] = [count(state, f"{levels}.{i}.block") for i in depth]
+        sizes[f"{network}_attention"] = [i for i in depth if f"{levels}.{i}.attn.0.q.weight" in state]
+    return sizes

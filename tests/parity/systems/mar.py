@@ -18,8 +18,9 @@ from vargen.heads.diffusion import DiffusionHead
 from vargen.heads.mlp import TokenMLP
 from vargen.model import Sampling
 from vargen.nn.embed import timestep_sinusoid
+from vargen.nn.gaussian import DiagonalGaussian
 from vargen.nn.patch import patchify, unpatchify
-from vargen.official import mar
+from vargen.official import kl16, mar
 from vargen.official.shared import token_mlp, under
 
 TABLES = (
@@ -220,3 +221,36 @@ def generate(case: Case) -> dict[str, Tensor]:
         steps = masked_steps(given["orders"], plan(math.prod(grid), run["num_iter"]))
         outputs[f"{name}_guidance"] = torch.tensor([guidance.at(s.progress) for s in steps], dtype=torch.float64)
     return outputs
+
+
+@component("mar", "vae")
+def vae(case: Case) -> dict[str, Tensor]:
+    config, given = case.config, case.inputs
+    image = given["image"]
+    with checkpoint_file(case.state32(), "model") as path:
+        tokenizer = kl16.load(path, sample_size=tuple(image.shape[2:]), norm_groups=32)
+    assert tokenizer.config.latent_channels == config["autoencoder_kwargs"]["embed_dim"]
+    points = {
+        "encoder_level0_downsample": "encoder.levels.0.resample",
+        "encoder_mid_attn": "encoder.mid.1",
+        "encoder_out": "encoder",
+    }
+    noise = RecordedNoise({"posterior": given["posterior_noise"]}, len(image))
+    with capture(tokenizer, points) as taken:
+        moments = tokenizer.moments(image)
+    posterior = DiagonalGaussian.from_moments(moments, dim=1)
+    with capture(tokenizer, {"decoder_mid_block2": "decoder.mid.2"}) as painted:
+        pixels = tokenizer.decode(given["tokens"].permute(0, 2, 3, 1))
+    output = tokenizer(image, noise=noise)
+    return {
+        **taken,
+        **painted,
+        "moments": moments,
+        "mean": posterior.mean,
+        "logvar": posterior.logvar,
+        "kl": (output.losses["kl"] / tokenizer.config.kl_weight * image[0].numel()).reshape(1),
+        "sample": tokenizer.space.denormalize(output.tokens).permute(0, 3, 1, 2),
+        "latent_scaled": tokenizer.encode(image, noise=noise).permute(0, 3, 1, 2),
+        "reconstruction": output.reconstruction,  # type: ignore[dict-item]
+        "decoded_from_tokens": pixels,
+    }
