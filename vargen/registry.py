@@ -15,6 +15,7 @@ PUBLIC: dict[str, str] = {
     "CLIPTextEncoder": "vargen.text",
     "Condition": "vargen.condition",
     "FlexTok": "vargen.tokenizers.flextok",
+    "FeatureNet": "vargen.metrics.features",
     "Guidance": "vargen.guidance",
     "LARPTokenizer": "vargen.tokenizers.larp",
     "FlexTokGenerator": "vargen.backbones.flextok",

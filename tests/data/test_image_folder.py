@@ -129,12 +129,18 @@ def test_random_crops_are_addressed_by_epoch_and_index(tmp_path):
     assert not torch.equal(epochs[0], epochs[1])
 
 
-def test_captions(folder):
+def test_captions(folder, caplog):
     lines = [{"file_name": "cat/0.png", "text": "a cat"}, {"file_name": "dog/1.png", "caption": "a dog"}]
     (folder / "metadata.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
     (folder / "cat" / "1.txt").write_text("another cat\n")
     data = ImageFolder(folder, size=16)
     assert [data[i]["caption"] for i in (0, 1, 2, 6)] == ["a cat", "another cat", "", "a dog"]
+    (folder / "metadata.jsonl").unlink()
+    assert ImageFolder(folder, size=16)[1]["caption"] == "another cat"
+    (folder / "metadata.jsonl").write_text(json.dumps({"file_name": "cat/gone.png", "text": "a ghost"}))
+    with caplog.at_level(logging.WARNING):
+        ImageFolder(folder, size=16)
+    assert "cat/gone.png" in caplog.text
     (folder / "metadata.jsonl").write_text("{broken")
     with pytest.raises(DataError, match="line 1"):
         ImageFolder(folder, size=16)

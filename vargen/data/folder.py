@@ -82,12 +82,12 @@ class ImageFolder(VisualDataset):
             check_split(split)
         sides = _split_folders(self.root)
         sources = [self.root] if not sides else list(sides.values()) if split == "all" else [sides[split]]
-        by_class: dict[str, list[Path]] = {}
+        found: dict[str, list[Path]] = {}
         for source in sources:
             for name, files in self._scan(source).items():
-                by_class[name] = by_class.get(name, []) + files
-        if split != "all" and not sides:
-            by_class = {name: _hold_out(files, split, holdout) for name, files in by_class.items()}
+                found[name] = found.get(name, []) + files
+        held_out = split != "all" and not sides
+        by_class = {name: _hold_out(files, split, holdout) if held_out else files for name, files in found.items()}
         self.classes = _class_names(by_class, classes, self.root)
         self.files = [f for name in self.classes for f in by_class.get(name, [])]
         if not self.files:
@@ -98,8 +98,12 @@ class ImageFolder(VisualDataset):
         self._labels = torch.tensor([i for i, name in enumerate(self.classes) for _ in by_class.get(name, [])])
         self._starts = torch.searchsorted(self._labels, torch.arange(len(self.classes) + 1)).tolist()
         self._captions = {key: text for source in sources for key, text in _read_captions(source, self.root).items()}
-        self.has_captions = bool(self._captions) or any(f.with_suffix(".txt").is_file() for f in self.files[:100])
+        self.has_captions = bool(self._captions) or any(f.with_suffix(".txt").is_file() for f in self.files)
         self._first_readable()
+        known = {f.relative_to(self.root).as_posix() for files in found.values() for f in files} | self.skipped.keys()
+        strangers = self._captions.keys() - known
+        if strangers:
+            logger.warning("%s: %d captions of files that are not there, such as %s", self.root, len(strangers), min(strangers))
         if self.skipped:
             names = ", ".join(list(self.skipped)[:10])
             logger.warning("%s: %d of %d files skipped: %s", self.root, len(self.skipped), len(self), names)

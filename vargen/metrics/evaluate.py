@@ -21,6 +21,7 @@ from vargen.noise import Noise
 
 Report = dict[str, Any]
 NEIGHBORS = 3
+FLOOR_DRAWS = 5
 
 
 def evaluate_images(
@@ -33,6 +34,7 @@ def evaluate_images(
     limit: int | None = None,
     batch_size: int = 64,
     device: torch.device | str = "cpu",
+    more_real: VisualDataset | None = None,
     seed: int = 0,
 ) -> Report:
     """How generated images compare with real ones.
@@ -44,13 +46,15 @@ def evaluate_images(
         labels: class labels that the samples were asked for, where the source does not hold them.
         prompts: or their prompts.
         limit: evaluate only the first samples.
-        seed: chooses the two halves of the real set whose distance is the floor.
+        more_real: further real images, such as the training split, that only the floors are drawn from.
+        seed: chooses the parts of the real images whose distances are the floors.
 
     Returns:
-        A JSON-able report. ``frechet_distance`` to the reference, and ``frechet_floor``, that of two random halves of the reference;
-        ``precision`` and ``recall``; where labels are known, ``conditional_accuracy`` by the network's class logits with its
-        binomial ``conditional_accuracy_stderr``; where the reference has rules, ``ground_truth``: the share of samples that show
-        each asked-for property by them.
+        A JSON-able report. ``frechet_distance`` to the reference; ``frechet_floor``, the distance between two halves of all real
+        images, and ``frechet_floor_same_sizes``, between parts as large as the samples and the reference (or in that proportion),
+        since the distance of small sets is biased upwards; ``precision`` and ``recall``; where labels are known,
+        ``conditional_accuracy`` by the network's class logits with its binomial ``conditional_accuracy_stderr``; where the
+        reference has rules, ``ground_truth``: the share of samples that show each asked-for property by them.
 
     Raises:
         DataError: unreadable samples, or labels that do not fit them.
@@ -60,10 +64,16 @@ def evaluate_images(
     fake = extract(extractor, generated.batches(batch_size), device)
     real = extract(extractor, _real_batches(reference, batch_size), device)
     scores = manifold_scores(real.features.double(), fake.features.double(), NEIGHBORS)
-    half_a, half_b = _halves(real.features, seed)
+    pool, pool_labels = real.features, reference.labels
+    if more_real is not None:
+        pool = torch.cat([pool, extract(extractor, _real_batches(more_real, batch_size), device).features])
+        pool_labels = torch.cat([pool_labels, more_real.labels])
+    halves = (len(pool) // 2, len(pool) - len(pool) // 2)
+    parts = _fitting(len(generated), len(real.features), len(pool))
     report: Report = {
         "frechet_distance": frechet_from_features(real.features, fake.features),
-        "frechet_floor": frechet_from_features(half_a, half_b),
+        "frechet_floor": _floor(pool, pool_labels, *halves, seed),
+        "frechet_floor_same_sizes": _floor(pool, pool_labels, *parts, seed),
         "precision": scores.precision,
         "recall": scores.recall,
     }
@@ -86,7 +96,7 @@ def evaluate_images(
         "feature_dim": fake.features.shape[1],
         "covariance": "unbiased",
         "neighbors": NEIGHBORS,
-        "halves": [len(half_a), len(half_b)],
+        "floor_sizes": {"halves": list(halves), "same_sizes": list(parts)},
         "seed": seed,
     }
     return report
@@ -110,10 +120,25 @@ def _real_batches(reference: VisualDataset, batch_size: int) -> Iterator[Tensor]
         yield round_to_8_bits(batch["pixels"])
 
 
-def _halves(features: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-    order = Noise(seed).permutation("evaluate/halves", len(features))[0]
-    half = len(features) // 2
-    return features[order[:half]], features[order[half:]]
+def _fitting(first: int, second: int, available: int) -> tuple[int, int]:
+    """Two set sizes, shrunk in proportion until both fit into the available images, at least two each."""
+    scale = min(1.0, available / (first + second))
+    return max(int(first * scale), 2), max(int(second * scale), 2)
+
+
+def _floor(features: Tensor, labels: Tensor, first: int, second: int, seed: int) -> float:
+    """Mean distance of disjoint random parts, ``first`` and ``second`` samples large, with all classes in proportion."""
+    distances = []
+    for draw in range(FLOOR_DRAWS):
+        place = Noise(seed).uniform("evaluate/floor", (len(labels),), at=(draw,), dtype=torch.float64)[0]
+        for label in labels.unique():
+            members = (labels == label).nonzero().flatten()
+            # evenly spaced over the order in each class, so that every stretch of the order holds all classes in proportion
+            ranks = place[members].argsort().argsort()
+            place[members] = (ranks + place[members[0]]) / len(members)
+        order = place.argsort()
+        distances.append(frechet_from_features(features[order[:first]], features[order[first : first + second]]))
+    return sum(distances) / FLOOR_DRAWS
 
 
 def _share(right: Tensor) -> tuple[float, float]:
@@ -140,7 +165,8 @@ def format_report(report: Report) -> str:
     settings = report["settings"]
     lines = [
         f"{settings['num_samples']} samples against {settings['num_reference']} real images, features of {settings['extractor']}",
-        f"Fréchet distance      {report['frechet_distance']:.3f}   (two halves of the real set: {report['frechet_floor']:.3f})",
+        f"Fréchet distance      {report['frechet_distance']:.3f}   (two halves of the real set: {report['frechet_floor']:.3f}; "
+        f"real sets of these sizes: {report['frechet_floor_same_sizes']:.3f})",
         f"precision, recall     {report['precision']:.3f}, {report['recall']:.3f}",
     ]
     if "conditional_accuracy" in report:

@@ -52,7 +52,7 @@ class FeatureNet(VargenModel):
     Args:
         properties: what it tells of an image, name -> names of the values; the class comes first.
         image_size: side that pixels are resized to (bilinear with antialiasing), a multiple of 8.
-        widths: channels of the four convolutions; the last three halve the image.
+        widths: channels of the four convolutions; the first three halve the image.
         dim: width of the features.
         name: in reports.
     """
@@ -76,7 +76,7 @@ class FeatureNet(VargenModel):
         channels = (3, *widths)
         layers: list[nn.Module] = []
         for i, (c_in, c_out) in enumerate(zip(channels, widths)):
-            layers += [nn.Conv2d(c_in, c_out, 3, stride=1 if i == 0 else 2, padding=1), nn.GroupNorm(4, c_out), nn.SiLU()]
+            layers += [nn.Conv2d(c_in, c_out, 3, stride=2 if i < 3 else 1, padding=1), nn.GroupNorm(4, c_out), nn.SiLU()]
         self.body = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(16 * widths[-1], dim))
         self.heads = nn.ModuleDict({key: nn.Linear(dim, len(values)) for key, values in properties.items()})
 

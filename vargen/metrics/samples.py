@@ -56,7 +56,7 @@ def round_to_8_bits(pixels: Tensor) -> Tensor:
 
 
 def from_uint8(pixels: Tensor) -> Tensor:
-    return pixels.float() / 127.5 - 1
+    return pixels.float().contiguous() / 127.5 - 1
 
 
 def read_samples(source: str | os.PathLike[str] | Tensor | Iterable[Tensor], limit: int | None = None) -> SampleSet:
