@@ -206,9 +206,9 @@ class WordEncoder(VargenModel):
         return cls(sorted({word for caption in captions for word in split_words(caption)}), **options)
 
     def tokenize(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Ids and bool mask, ``(B, L)`` with L the longest text's length, at most ``max_length``."""
+        """Ids and bool mask ``(B, max_length)``: one shape, so that no bit of a text's features depends on the rest of its batch."""
         rows = [[self.BEGIN, *(self._ids.get(w, self.UNKNOWN) for w in split_words(t))][: self.max_length] for t in texts]
-        ids = torch.full((len(rows), max(map(len, rows))), self.PAD)
+        ids = torch.full((len(rows), self.max_length), self.PAD)
         for row, tokens in enumerate(rows):
             ids[row, : len(tokens)] = torch.tensor(tokens)
         ids = ids.to(self.positions.device)
@@ -222,7 +222,7 @@ class WordEncoder(VargenModel):
         return TextFeatures(self.norm(x) * mask.unsqueeze(-1), mask)
 
     def encode(self, texts: Sequence[str]) -> TextFeatures:
-        """Features ``(B, L, dim)``, differentiable in the encoder's weights; an empty text is the begin token alone."""
+        """Features ``(B, max_length, dim)``, differentiable in the encoder's weights; an empty text is the begin token alone."""
         return self(*self.tokenize(check_texts(texts)))
 
 
