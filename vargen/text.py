@@ -206,7 +206,7 @@ class WordEncoder(VargenModel):
         return cls(sorted({word for caption in captions for word in split_words(caption)}), **options)
 
     def tokenize(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Ids and bool mask ``(B, max_length)``: one shape, so that no bit of a text's features depends on the rest of its batch."""
+        """Ids and bool mask ``(B, max_length)``: one shape, so that a text's features do not depend on its batch."""
         rows = [[self.BEGIN, *(self._ids.get(w, self.UNKNOWN) for w in split_words(t))][: self.max_length] for t in texts]
         ids = torch.full((len(rows), self.max_length), self.PAD)
         for row, tokens in enumerate(rows):
