@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -165,3 +165,9 @@ def step_info(step: MaskedStep, tokens: Tensor, space: TokenSpace) -> StepInfo:
     """What a callback is told: cells known in all samples count 1, in some a share."""
     known = (~step.mask_after).float().mean(0)
     return StepInfo(step.index, step.total, tokens.reshape(-1, *space.token_shape), known.reshape(space.shape))
+
+
+def refuse_editing(options: Mapping[str, Any], name: str, reason: str) -> None:
+    """Raises VargenError, for a system that cannot hold arbitrary tokens fixed, if it is asked to."""
+    if any(options.get(key) is not None for key in ("known", "tokens")):
+        raise VargenError(f"{name} cannot keep given tokens ({reason}): edit with a masked system such as MAR or Hi-MAR")
