@@ -225,7 +225,7 @@ class XAR(Generator):
         return self.entity[queries].unsqueeze(1) >= self.entity[keys]
 
     def training_losses(self, tokens: Tensor, condition: Condition, noise: Noise | None = None) -> dict[str, Tensor]:
-        """Noisy Context Learning: each entity has its own time (logit-normal) and noise, and sees earlier ones as noisy as they are."""
+        """Noisy Context Learning: each entity has its own time (logit-normal) and noise, and sees earlier ones as noisy as fed."""
         self.space.check(tokens)
         batch = self.check_condition(condition, len(tokens))
         noise = noise or Noise(torch.seed(), batch, tokens.device)
