@@ -28,8 +28,8 @@ class PyramidTokenizer(VisualTokenizer):
     Args:
         base: the base tokenizer's configuration, with its public class name under ``class``.
         levels: grids, coarse first, the last one the base's own.
-        source: what coarser levels are made of: ``pixels``, the image resized (bicubic) and encoded (Hi-MAR), or ``latents``, averages
-            of the finest tokens over blocks.
+        source: what coarser levels are made of: ``pixels``, the image resized (bicubic) and encoded (Hi-MAR), or ``latents``,
+            averages of the finest tokens over blocks.
 
     Raises:
         ConfigError: levels that do not end in the base's grid or do not divide it.
