@@ -77,10 +77,13 @@ def key_mask(*groups: Tensor | int, batch_size: int) -> Tensor:
     return torch.cat(parts, dim=1)[:, None, None, :]
 
 
-def init_vit(module: nn.Module, std: float = 0.02) -> None:
-    """Truncated normal weights of ``std`` and zero biases for every linear layer and convolution inside, as ViTs start."""
+def init_vit(module: nn.Module) -> None:
+    """Xavier-uniform weights and zero biases for every linear layer and convolution inside (MAE, He et al. 2021).
+
+    Their scale follows the width, so that small models start with features that depend on their input as much as large ones do.
+    """
     for part in module.modules():
         if isinstance(part, (nn.Linear, nn.Conv2d, nn.Conv3d)):
-            nn.init.trunc_normal_(part.weight, std=std)
+            nn.init.xavier_uniform_(part.weight.data.flatten(1))
             if part.bias is not None:
                 nn.init.zeros_(part.bias)
