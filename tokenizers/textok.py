@@ -118,6 +118,15 @@ class TexTok(VisualTokenizer):
     def sample_shape(self) -> tuple[int, int]:
         return (self.config.image_size, self.config.image_size)
 
+    @torch.no_grad()
+    def scores(self, pixels: Tensor, text: TextFeatures | None = None, noise: Noise | None = None) -> dict[str, Tensor]:
+        """PSNR of the round trip, and with every sample given its neighbour's caption on both sides: what captions are worth."""
+        right = super().scores(pixels, text, noise)
+        if text is None:
+            return right
+        others = text.select(torch.arange(len(pixels), device=text.mask.device).roll(1))
+        return {**right, "psnr_other_caption": super().scores(pixels, others, noise)["psnr"]}
+
     @property
     def last_layer(self) -> nn.Parameter:
         return self.to_pixels.weight

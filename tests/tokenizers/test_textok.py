@@ -144,6 +144,16 @@ def test_variational_bottleneck_draws_addressed_noise_and_pays_divergence(pixels
     assert make()(pixels, caption(1)).losses == {}
 
 
+def test_scores_tell_what_captions_are_worth(pixels):
+    model, text = make(), caption(1)
+    scores = model.scores(pixels, text)
+    swapped = TextFeatures(text.features.flip(0), text.mask.flip(0))
+    assert torch.equal(scores["psnr_other_caption"], model.scores(pixels, swapped)["psnr"])
+    assert scores["psnr"].shape == (2,)
+    baseline = make(encoder_text=False, decoder_text=False)
+    assert set(baseline.scores(pixels)) == {"psnr"}
+
+
 def test_tokens_are_normalized():
     model = make(latent_mean=2.0, latent_std=4.0)
     raw = make()
