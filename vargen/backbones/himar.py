@@ -108,7 +108,7 @@ class HiMAR(Generator):
         condition_dropout: share of training samples whose condition becomes the null one, drawn anew in each phase.
         mask_ratio_min: lower end of the mask rates of pivots in training.
         pivot_rate: share of training samples that see pivots in phase 2; ``pivot_warmup``: epochs over which it rises from 0, see
-            :meth:`set_epoch`.
+            :meth:`set_progress`.
         head_repeats: draws of time and noise per sample and training step.
 
     Raises:
@@ -189,9 +189,10 @@ class HiMAR(Generator):
     def num_classes(self) -> int | None:
         return self.config.num_classes
 
-    def set_epoch(self, epoch: float) -> None:
+    def set_progress(self, epoch: float) -> None:
         """Tells how far training is: the share of samples that see pivots rises linearly over ``pivot_warmup`` epochs."""
-        self.pivot_share = self.config.pivot_rate * min(1.0, epoch / max(self.config.pivot_warmup, 1e-9))
+        warmup = self.config.pivot_warmup
+        self.pivot_share = self.config.pivot_rate * (min(1.0, epoch / warmup) if warmup else 1.0)
 
     def trunk(self, phase: int, slots: Tensor, pivots: Tensor, dense: Tensor, mask: Tensor) -> Tensor:
         """Hidden states ``(R, P + N, dim)`` of a phase.

@@ -108,7 +108,7 @@ def train(case: Case) -> dict[str, Tensor]:
     config, given = case.config, case.inputs
     # a uniform draw of 0 stands for the lowest mask rate, here the recorded one
     model = load_model(case, mask_ratio_min=float(given["mask_rate1"])).train()
-    model.set_epoch(config["epoch"])
+    model.set_progress(config["epoch"])
     small, dense = flat(given["pivot_latents"]), flat(given["latents"])
     batch, pivots, _ = small.shape
     repeats = config["diffusion_batch_mul"]
