@@ -117,7 +117,7 @@ def test_pyramid(source, tmp_path):
         assert torch.allclose(pyramid.encode(flat, noise=noise)[:, 1:5], small.flatten(1, 2), atol=1e-4)
     pyramid.save_pretrained(tmp_path)
     again = PyramidTokenizer.from_pretrained(tmp_path)
-    assert torch.equal(again.encode(PIXELS, noise=noise), tokens)
+    assert torch.allclose(again.encode(PIXELS, noise=noise), tokens, atol=1e-5)
 
 
 def test_bad_pyramids_are_refused():
