@@ -75,7 +75,7 @@ def _check_override(text: str) -> str:
 def _refuse_unknown(tree: DictConfig, known: DictConfig, prefix: str) -> None:
     for key in tree:
         if key not in known:
-            raise ConfigError(f"unknown key '{prefix}{key}'{nearest(str(key), [str(k) for k in known])}")
+            raise ConfigError(f"unknown key '{prefix}{key!s}'{nearest(str(key), [str(k) for k in known])}")
         child, expected = tree._get_node(key), known._get_node(key)
         if isinstance(child, DictConfig) and isinstance(expected, DictConfig) and len(expected):
-            _refuse_unknown(child, expected, f"{prefix}{key}.")
+            _refuse_unknown(child, expected, f"{prefix}{key!s}.")

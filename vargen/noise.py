@@ -11,6 +11,7 @@ import hashlib
 import math
 import os
 from collections.abc import Sequence
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ _GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as a signed 64-bit integer
 _MIX1 = -4658895280553007687  # 0xBF58476D1CE4E5B9
 _MIX2 = -7723592293110705685  # 0x94D049BB133111EB
 
-Index = int | Tensor
+Index: TypeAlias = int | Tensor
 
 
 def _mix(x: Tensor) -> Tensor:

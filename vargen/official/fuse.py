@@ -21,7 +21,8 @@ def fuse(state: Mapping[str, Tensor], parts: Sequence[str], fused: str) -> dict[
     Raises:
         CheckpointError: one of the parts is missing.
     """
-    rest, found = dict(state), {}
+    rest = dict(state)
+    found: dict[str, list[Tensor | None]] = {}
     for position, part in enumerate(parts):
         for key in state:
             match = re.fullmatch(rf"(.*\.)?{part}(\.weight|\.bias)", key)
