@@ -265,6 +265,17 @@ class FlexTok(VisualTokenizer):
 
         return euler(velocity, start, uniform_times(num_inference_steps)).tokens
 
+    @torch.no_grad()
+    def scores(self, pixels: Tensor, text: TextFeatures | None = None, noise: Noise | None = None) -> dict[str, Tensor]:
+        """PSNR in dB of the round trip with all registers and with one; without guidance, which trades fidelity."""
+        ids = self.encode(pixels, text)
+        scores = {}
+        for count in (1, ids.shape[1]):
+            painted = self.decode(ids[:, :count], noise=noise, num_inference_steps=10, guidance_scale=1.0, size=pixels.shape[2:])
+            error = (painted.clamp(-1, 1) - pixels).square().flatten(1).mean(1)
+            scores[f"psnr_{count}"] = 10 * torch.log10(4 / error.clamp(min=1e-10))
+        return scores
+
     def forward(self, pixels: Tensor, text: TextFeatures | None = None, noise: Noise | None = None) -> TokenizerOutput:
         """The training pass: the flow's loss at one time per image, with some registers and sometimes all of them left out."""
         self.check_pixels(pixels, text)

@@ -21,7 +21,7 @@ from vargen.nn.patch import PatchEmbed, patch_grid, unpatchify
 from vargen.nn.positions import sincos_1d, sincos_3d
 from vargen.nn.quantize import VectorQuantizer
 from vargen.nn.vit import Transformer
-from vargen.noise import Noise
+from vargen.noise import Noise, as_noise
 from vargen.space import TokenSpace
 from vargen.tokenizers.larp_prior import PRIORS, LatentPrior, top_accuracy
 
@@ -183,7 +183,7 @@ class LARPTokenizer(VisualTokenizer):
     ) -> TokenizerOutput:
         """Reconstruction with the quantizer's and the prior's losses (section 3); ``progress`` in [0, 1] is how far training is."""
         self.check_pixels(pixels, text)
-        noise = noise if noise is not None else Noise(torch.seed(), pixels.shape[0], pixels.device)
+        noise = as_noise(noise, pixels.shape[0], pixels.device)
         q = self.quantizer(self.latents(pixels), noise)
         reconstruction = self.pixels(q.quantized, pixels.shape[2])
         losses = {name: self.config.quantizer_weight * loss for name, loss in q.losses.items()}

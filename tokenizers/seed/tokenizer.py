@@ -27,7 +27,7 @@ from vargen.space import TokenSpace
 from vargen.tokenizers.seed.causal import RELEASED, TINY, CausalEmbedder, freeze, no_pixels
 from vargen.tokenizers.seed.embedder import SeedEmbedder
 from vargen.tokenizers.seed.qformer import QFormer
-from vargen.tokenizers.seed.unclip import UnCLIPDecoder
+from vargen.tokenizers.seed.unclip_training import load_decoder
 
 PRESETS: dict[str, dict[str, Any]] = {
     "seed-2": RELEASED,
@@ -106,7 +106,8 @@ class SeedTokenizer(CausalEmbedder):
         reconstruction_weight: of 1 - cosine between causal embeddings and their reconstruction.
         revive_after: a code unused for so many steps is replaced by a latent of the batch; None leaves dead codes alone.
         embedder: directory of a :class:`SeedEmbedder` whose weights the frozen part starts from; forgotten afterwards.
-        unclip: directory or hub id of the unCLIP pipeline that becomes ``pixel_decoder`` at the first :meth:`decode`.
+        unclip: directory or hub id of an unCLIP pipeline, or directory of an :class:`UnCLIP`, that becomes ``pixel_decoder`` when
+            :meth:`decode` first needs one.
     """
 
     @register_to_config
@@ -206,7 +207,7 @@ class SeedTokenizer(CausalEmbedder):
         self.check_text(text, tokens.shape[0])
         embedding = self.embed(tokens)
         if self.pixel_decoder is None and self.config.unclip is not None:
-            self.pixel_decoder = UnCLIPDecoder.from_pretrained(self.config.unclip, self.device)
+            self.pixel_decoder = load_decoder(self.config.unclip, self.device)
         if self.pixel_decoder is None:
             raise no_pixels("decode")
         negative = options.pop("negative_tokens", None)
@@ -235,5 +236,5 @@ class SeedTokenizer(CausalEmbedder):
         losses = {name: self.config.quantizer_weight * loss for name, loss in q.losses.items()}
         cosine = F.cosine_similarity(reconstruction.float(), causal.float(), dim=-1)
         losses["causal"] = self.config.reconstruction_weight * (1 - cosine).mean()
-        embedding = self.image_head(self.image_decoder(x))
+        embedding = self.image_head(self.image_decoder(x)).view(len(causal), self.config.embedding_tokens, -1)
         return TokenizerOutput(q.indices, None, losses, {"image_teacher": embedding, **q.statistics})

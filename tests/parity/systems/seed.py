@@ -106,7 +106,7 @@ def second_stage(case: Case) -> dict[str, Tensor]:
         causal = model.qformer(model.vision(case.inputs["image"]))
     with capture(model, {"recon_s": "causal_decoder"}) as taken:
         out = model.train_on(causal)
-    prediction = out.features["image_teacher"]
+    prediction = out.features["image_teacher"].squeeze(1)
     distil = 0.5 * F.mse_loss(prediction, case.inputs["clip_image_embeds"])
     loss = sum(out.losses.values()) + distil
     wanted = (model.quantizer.codebook, model.to_code.down.weight)
