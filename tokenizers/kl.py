@@ -162,7 +162,7 @@ class KLTokenizer(VisualTokenizer):
         return TokenizerOutput(tokens, self.reconstruct(latents.to(self.dtype)), losses, statistics)
 
     @torch.no_grad()
-    def calibrate(self, batches: Iterable[Tensor], noise: Noise | None = None) -> None:
+    def calibrate(self, batches: Iterable[Tensor]) -> None:
         """Sets ``mean`` and ``std`` to those of the latents of ``batches`` of pixels, so that tokens are normalised.
 
         Raises:
@@ -170,9 +170,9 @@ class KLTokenizer(VisualTokenizer):
         """
         count, total, square = 0, 0.0, 0.0
         for pixels in batches:
-            latents = self._sample(DiagonalGaussian.from_moments(self.moments(pixels).float(), dim=1), noise).double()
-            count, total = count + latents.numel(), total + float(latents.sum())
-            square += float(latents.square().sum())
+            posterior = DiagonalGaussian.from_moments(self.moments(pixels).double(), dim=1)
+            count, total = count + posterior.mean.numel(), total + float(posterior.mean.sum())
+            square += float((posterior.mean.square() + posterior.logvar.exp()).sum())
         variance = square / count - (total / count) ** 2 if count else 0.0
         if variance <= 0:
             raise VargenError("calibration needs pixels whose latents differ: give it batches of training images")

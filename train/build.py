@@ -20,6 +20,7 @@ from vargen.model import Generator, VisualTokenizer
 from vargen.registry import PUBLIC, load_public, system
 from vargen.sample.load import load_tokenizer, resolve
 from vargen.text import WordEncoder, load_text_encoder, split_words
+from vargen.tokenizers.pyramid import PyramidTokenizer
 
 # captions that a word encoder's vocabulary is collected from
 VOCABULARY_SAMPLES = 4096
@@ -82,8 +83,16 @@ def build_generator(config: Mapping[str, Any], tokenizer: VisualTokenizer, datas
         else:
             given.update(num_classes=None, text_dim=text_encoder.dim, text_length=text_encoder.max_length)
         generator = build_model(config, "generator", **given)
-    generator.space.require(tokenizer.space)
+    generator.space.require(with_levels(tokenizer, generator).space)
     return generator
+
+
+def with_levels(tokenizer: VisualTokenizer, generator: Generator) -> VisualTokenizer:
+    """The tokenizer, made a pyramid if the generator models several levels of its continuous tokens."""
+    levels = generator.space.levels
+    if len(levels) == 1 or tokenizer.space.discrete or tokenizer.space.levels != levels[-1:]:
+        return tokenizer
+    return PyramidTokenizer.of(tokenizer, levels, generator.coarse_from)
 
 
 def load_generator(path: str) -> Generator:
@@ -140,3 +149,11 @@ def frames(pixels: Tensor) -> Tensor:
         return pixels
     chosen = torch.linspace(0, pixels.shape[2] - 1, 4).round().long()
     return pixels[:, :, chosen].transpose(1, 2).flatten(0, 1)
+
+
+def copy_with(model: Any, name: str, state: dict[str, Tensor]) -> Any:
+    """A copy of ``model`` with its part ``name`` of ``state``."""
+    prefix = f"{name}." if name else ""
+    copy = type(model)(**model.config_dict())
+    copy.load_state_dict({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
+    return copy.eval()

@@ -20,7 +20,7 @@ from vargen.noise import Noise
 from vargen.pipeline import VisualARPipeline
 from vargen.sample.load import load_tokenizer
 from vargen.text import WordEncoder
-from vargen.train.build import build_generator, build_text_encoder, frames, plain
+from vargen.train.build import build_generator, build_text_encoder, copy_with, frames, plain, with_levels
 from vargen.train.card import write_card
 from vargen.train.loop import TRAINING
 from vargen.train.optim import LR_SCHEDULER, OPTIMIZER
@@ -71,6 +71,7 @@ class GeneratorTask(Task):
         self.held_out = build_dataset({**plain(config.dataset), "split": "test", **plain(config.validation.dataset)})
         self.text_encoder = build_text_encoder(plain(config.text_encoder), self.dataset)
         model = build_generator(plain(config.model), self.tokenizer, self.dataset, self.text_encoder)
+        self.tokenizer = with_levels(self.tokenizer, model)
         self.kinds = model.conditioning
         self._check_condition(model)
         trained = config.text_encoder.words is not None
@@ -114,7 +115,8 @@ class GeneratorTask(Task):
         """Tokens of a batch: encoded from its pixels, or one of the cached views."""
         if "views" in batch:
             view = noise.integers("view", batch["views"].shape[1])
-            return batch["views"][torch.arange(len(view)), view.to(batch["views"].device)].long().to(self.device)
+            chosen = batch["views"][torch.arange(len(view)), view.to(batch["views"].device)].to(self.device)
+            return chosen.long() if self.tokenizer.space.discrete else chosen
         text = self.features(batch["captions"]) if self.tokenizer.takes_text else None
         return self.tokenizer.encode(batch["pixels"].to(self.device), text, noise)
 
@@ -123,7 +125,7 @@ class GeneratorTask(Task):
         labels = batch["class_labels"].to(self.device) if "class" in self.kinds else None
         captions = batch["captions"] if "text" in self.kinds else None
         features = self.features(captions) if captions is not None else None
-        return network(tokens, labels, captions, features, noise)
+        return network(tokens, labels, captions, features, noise, max(step - 1, 0) / max(self.total_steps, 1))
 
     def validate(self) -> dict[str, float]:
         """Mean loss over held-out samples, with the same random choices at every call."""
@@ -182,11 +184,18 @@ class _Network(nn.Module):
         self.model, self.text_encoder = model, text_encoder
 
     def forward(
-        self, tokens: Tensor, labels: Tensor | None, captions: list[str] | None, features: TextFeatures | None, noise: Noise
+        self,
+        tokens: Tensor,
+        labels: Tensor | None,
+        captions: list[str] | None,
+        features: TextFeatures | None,
+        noise: Noise,
+        progress: float,
     ) -> dict[str, Tensor]:
         if captions is not None and self.text_encoder is not None:
             features = self.text_encoder.encode(captions)
-        return self.model.training_losses(tokens, Condition(class_labels=labels, text=features), noise)
+        schedule = {"progress": progress} if self.model.scheduled else {}
+        return self.model.training_losses(tokens, Condition(class_labels=labels, text=features), noise, **schedule)
 
 
 class TokenCache:
@@ -218,11 +227,3 @@ class TokenCache:
                 batch["captions"] = [self.captions[i] for i in index.tolist()]
             yield batch
             step += 1
-
-
-def copy_with(model: Any, name: str, state: dict[str, Tensor]) -> Any:
-    """A copy of ``model`` with its part ``name`` of ``state``."""
-    prefix = f"{name}." if name else ""
-    copy = type(model)(**model.config_dict())
-    copy.load_state_dict({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
-    return copy.eval()

@@ -18,7 +18,7 @@ from vargen.losses.objective import TokenizerObjective
 from vargen.model import TokenizerOutput, VisualTokenizer
 from vargen.nn.quantize import codebook_statistics
 from vargen.noise import Noise
-from vargen.train.build import build_text_encoder, build_tokenizer, frames, plain
+from vargen.train.build import build_text_encoder, build_tokenizer, copy_with, frames, plain
 from vargen.train.card import write_card
 from vargen.train.loop import TRAINING
 from vargen.train.optim import LR_SCHEDULER, OPTIMIZER
@@ -28,6 +28,8 @@ from vargen.train.task import Facts, Task
 # left out, the perceptual weights are looked for in the cache; a recipe that does without them says `perceptual: null`
 OBJECTIVE: dict[str, Any] = {name: p.default for name, p in inspect.signature(TokenizerObjective).parameters.items()}
 OBJECTIVE["perceptual"] = "cache"
+# training samples that the scale of continuous tokens is taken from
+CALIBRATION_SAMPLES = 1024
 
 SCHEMA: dict[str, Any] = {
     "kind": "tokenizer",
@@ -129,7 +131,10 @@ class TokenizerTask(Task):
         return frames(self.tokenizer.decode(self.tokenizer.encode(pixels, text, noise), text, noise))
 
     def export(self, folder: Path, state: dict[str, Tensor], facts: Facts) -> None:
-        write_model(folder, self.tokenizer, {k.removeprefix("tokenizer."): v for k, v in state.items()})
+        weights = {k.removeprefix("tokenizer."): v for k, v in state.items()}
+        finished = copy_with(self.tokenizer, "", weights).to(self.device)
+        finished.calibrate(batch["pixels"].to(self.device) for batch in ordered_batches(self.dataset, 64, CALIBRATION_SAMPLES))
+        write_model(folder, finished, weights)
         if self.text_encoder is not None and self.text_encoder is not self.tokenizer.text_encoder:
             self.text_encoder.save_pretrained(folder / "text_encoder")
         write_card(folder, f"{type(self.tokenizer).__name__}: tokenizer for {self.config.dataset.name}", self.command, facts)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -160,6 +160,9 @@ class VisualTokenizer(VargenModel):
     def forward(self, pixels: Tensor, text: TextFeatures | None = None, noise: Noise | None = None) -> TokenizerOutput:
         """The training pass."""
 
+    def calibrate(self, batches: Iterable[Tensor]) -> None:
+        """Fits the scale of tokens to batches of pixels once training is over; nothing unless the tokenizer has one to fit."""
+
     @torch.no_grad()
     def scores(self, pixels: Tensor, text: TextFeatures | None = None, noise: Noise | None = None) -> dict[str, Tensor]:
         """What validation says of a batch, a number per sample ``(B,)``: by default the PSNR of the round trip in dB."""
@@ -254,7 +257,13 @@ class Generator(VargenModel):
     Attributes:
         conditioning: parts of a :class:`Condition` that it takes, of ``class``, ``text``, ``text_ids``, ``tokens`` (given
             ones, to be continued) and ``context``; empty for unconditional models.
+        scheduled: ``training_losses`` takes ``progress=``, the share in [0, 1] of the training that is done.
+        coarse_from: what the coarser levels of its tokens are made of, where there are any: ``latents`` or ``pixels``, see
+            :class:`vargen.tokenizers.pyramid.PyramidTokenizer`.
     """
+
+    scheduled: ClassVar[bool] = False
+    coarse_from: ClassVar[str] = "latents"
 
     @property
     @abstractmethod

@@ -189,14 +189,18 @@ def test_mar_encoder_sees_only_what_is_known():
 
 
 def test_himar_pivots_come_in_with_training():
-    model = build(HiMAR, pivot_rate=0.5, pivot_warmup=10)
-    assert model.pivot_share == 0.5
-    model.set_progress(0.0)
-    assert model.pivot_share == 0
-    model.set_progress(5.0)
-    assert model.pivot_share == 0.25
-    model.set_progress(80.0)
-    assert model.pivot_share == 0.5
+    """Before the warm-up phase 2 is blind to phase 1; after it, with rate 1, every sample sees the pivots."""
+    model = build(HiMAR, pivot_rate=1.0, pivot_warmup=0.5)
+    tokens, condition = data(model, 4)
+
+    def dense_loss(progress):
+        return float(model.training_losses(tokens, condition, Noise(0, 4), progress)["dense"])
+
+    before, after = dense_loss(0.0), dense_loss(0.5)
+    assert after == dense_loss(1.0) != before
+    torch.nn.init.normal_(model.pivot_hidden.weight)
+    assert dense_loss(0.0) == before
+    assert dense_loss(0.5) != after
 
 
 def test_mar_takes_a_flow_head():

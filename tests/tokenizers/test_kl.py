@@ -65,10 +65,11 @@ def test_training_pass():
 
 def test_calibration_normalises_tokens():
     model = build()
-    model.calibrate([PIXELS, PIXELS.flip(3)], Noise(0, 3))
-    tokens = torch.cat([model.encode(p, noise=Noise(0, 3)) for p in (PIXELS, PIXELS.flip(3))])
-    assert float(tokens.mean()) == pytest.approx(0, abs=1e-4)
-    assert float(tokens.std(correction=0)) == pytest.approx(1, abs=1e-4)
+    pixels = [PIXELS, PIXELS.flip(3)]
+    model.calibrate(pixels)
+    tokens = torch.stack([model.encode(p, noise=Noise(seed, 3)) for p in pixels for seed in range(50)])
+    assert float(tokens.mean()) == pytest.approx(0, abs=0.03)
+    assert float(tokens.std()) == pytest.approx(1, abs=0.03)
     assert model.config_dict()["std"] == model.space.std != 2.0
     with pytest.raises(VargenError, match="calibration needs pixels"):
         model.calibrate([])

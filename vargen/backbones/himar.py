@@ -107,13 +107,16 @@ class HiMAR(Generator):
         dense_head_width, dense_head_depth, dense_head_heads, dense_head_ratio, dense_head_steps: diffusion transformer.
         condition_dropout: share of training samples whose condition becomes the null one, drawn anew in each phase.
         mask_ratio_min: lower end of the mask rates of pivots in training.
-        pivot_rate: share of training samples that see pivots in phase 2; ``pivot_warmup``: epochs over which it rises from 0, see
-            :meth:`set_progress`.
+        pivot_rate: share of training samples that see pivots in phase 2, to which it rises over the share ``pivot_warmup`` of
+            training.
         head_repeats: draws of time and noise per sample and training step.
 
     Raises:
         ConfigError: grids that are not multiples.
     """
+
+    scheduled = True
+    coarse_from = "pixels"
 
     @register_to_config
     def __init__(
@@ -143,7 +146,7 @@ class HiMAR(Generator):
         dropout: float = 0.1,
         mask_ratio_min: float = 0.7,
         pivot_rate: float = 0.25,
-        pivot_warmup: float = 100,
+        pivot_warmup: float = 0.125,
         head_repeats: int = 4,
     ) -> None:
         super().__init__()
@@ -175,7 +178,6 @@ class HiMAR(Generator):
         self.head = token_head("diffusion", channels, dim, head_width, head_depth, head_steps)
         net = TokenDiT(channels, dim, dense_head_width, dense_head_depth, dense_head_heads, grid, ratio=dense_head_ratio)
         self.dense_head = DiffusionHead(net, variance="large", spacing=str(dense_head_steps))
-        self.pivot_share = pivot_rate
 
     @property
     def space(self) -> TokenSpace:
@@ -188,11 +190,6 @@ class HiMAR(Generator):
     @property
     def num_classes(self) -> int | None:
         return self.config.num_classes
-
-    def set_progress(self, epoch: float) -> None:
-        """Tells how far training is: the share of samples that see pivots rises linearly over ``pivot_warmup`` epochs."""
-        warmup = self.config.pivot_warmup
-        self.pivot_share = self.config.pivot_rate * (min(1.0, epoch / warmup) if warmup else 1.0)
 
     def trunk(self, phase: int, slots: Tensor, pivots: Tensor, dense: Tensor, mask: Tensor) -> Tensor:
         """Hidden states ``(R, P + N, dim)`` of a phase.
@@ -211,7 +208,9 @@ class HiMAR(Generator):
         x = put(empty.expand(len(x), -1, -1), kept, x)
         return self.decoder(x + self.decoder_positions[phase], phase)[:, slots.shape[1] :] + self.head_positions
 
-    def training_losses(self, tokens: Tensor, condition: Condition, noise: Noise | None = None) -> dict[str, Tensor]:
+    def training_losses(
+        self, tokens: Tensor, condition: Condition, noise: Noise | None = None, progress: float = 1.0
+    ) -> dict[str, Tensor]:
         """Weighted losses of both phases; mask rates are one draw for the whole batch, from its first sample.
 
         ``loss`` is their sum by share of cells, with factors 2 and 0.75 (0.4 and 0.6 for 64 pivots and 256 dense cells).
@@ -221,7 +220,11 @@ class HiMAR(Generator):
         noise = noise or Noise(torch.seed(), batch, tokens.device)
         small, dense = tokens.split([self.num_pivots, self.num_dense], dim=1)
         pivot_loss, z, pivot_mask = self._pivot_loss(small, dense, condition, noise)
-        dense_loss = self._dense_loss(dense, z.detach(), pivot_mask, condition, noise)
+        warmup = self.config.pivot_warmup
+        rate = self.config.pivot_rate * (min(1.0, progress / warmup) if warmup else 1.0)
+        seen = noise.uniform("pivot_dropout") > 1 - rate
+        pivots = self.pivot_states(z.detach(), pivot_mask & seen[:, None])
+        dense_loss = self._dense_loss(dense, pivots, condition, noise)
         cells = self.num_pivots + self.num_dense
         loss = 2 * self.num_pivots / cells * pivot_loss + 0.75 * self.num_dense / cells * dense_loss
         return {"loss": loss, "pivots": pivot_loss.detach(), "dense": dense_loss.detach()}
@@ -244,13 +247,11 @@ class HiMAR(Generator):
         loss = self.head.loss(take(small, places).unsqueeze(1), take(z, places).unsqueeze(1), noise, at)
         return loss.mean(), z, mask
 
-    def _dense_loss(self, dense: Tensor, z: Tensor, pivot_mask: Tensor, condition: Condition, noise: Noise) -> Tensor:
+    def _dense_loss(self, dense: Tensor, pivots: Tensor, condition: Condition, noise: Noise) -> Tensor:
         """Phase 2: squared error over the whole grid, counted at masked cells (and averaged over all)."""
         masked = math.ceil(self.num_dense * math.cos(float(noise.uniform("dense_mask_rate")[0]) * math.pi / 2))
         order = noise.permutation("dense_order", self.num_dense)
         mask = torch.zeros_like(order, dtype=torch.bool).scatter(1, order[:, :masked], True)
-        hidden = noise.uniform("pivot_dropout") <= 1 - self.pivot_share
-        pivots = self.pivot_states(z, pivot_mask & ~hidden[:, None])
         slots = self._slots(condition, noise, DENSE)
         z = self.trunk(DENSE, slots, pivots, dense, F.pad(mask, (self.num_pivots, 0)))[:, self.num_pivots :]
 

@@ -108,7 +108,6 @@ def train(case: Case) -> dict[str, Tensor]:
     config, given = case.config, case.inputs
     # a uniform draw of 0 stands for the lowest mask rate, here the recorded one
     model = load_model(case, mask_ratio_min=float(given["mask_rate1"])).train()
-    model.set_progress(config["epoch"])
     small, dense = flat(given["pivot_latents"]), flat(given["latents"])
     batch, pivots, _ = small.shape
     repeats = config["diffusion_batch_mul"]
@@ -145,7 +144,9 @@ def train(case: Case) -> dict[str, Tensor]:
     points = {"block0": model.encoder.blocks[0], "encoder": model.encoder, "decoder": model.decoder, "head2": model.dense_head.net}
     for name, module in points.items():
         module.register_forward_hook(lambda _m, _i, output, name=name: calls.setdefault(name, []).append(output))
-    losses = model.training_losses(torch.cat([small, dense], dim=1), Condition(class_labels=given["labels"]), noise)
+    losses = model.training_losses(
+        torch.cat([small, dense], dim=1), Condition(class_labels=given["labels"]), noise, config["epoch"]
+    )
 
     slots = model.config.buffer_size
     z1, z2 = (states[:, slots:] + model.head_positions for states in calls["decoder"])
