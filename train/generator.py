@@ -162,8 +162,9 @@ class GeneratorTask(Task):
 
     def export(self, folder: Path, state: dict[str, Tensor], facts: Facts) -> None:
         dtype = getattr(torch, str(self.config.export.dtype))
-        parts = {name: copy_with(model, name, state).to(dtype) for name, model in self.models().items()}
-        tokenizer = copy_with(self.tokenizer, "", self.tokenizer.state_dict()).to(dtype)
+        # not by diffusers' own `to`, which warns of modules to keep in float32 even where there are none
+        parts = {name: nn.Module.to(copy_with(model, name, state), dtype) for name, model in self.models().items()}
+        tokenizer = nn.Module.to(copy_with(self.tokenizer, "", self.tokenizer.state_dict()), dtype)
         settings = plain(self.config.sampling)
         pipeline = VisualARPipeline(
             model=parts["model"],

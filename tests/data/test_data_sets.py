@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from vargen.data.base import DATASETS, build_dataset
-from vargen.data.digits import Digits
+from vargen.data.digits import Digits, jitter
 from vargen.data.photos import Photos
 from vargen.errors import ConfigError, DataError
 
@@ -40,6 +40,16 @@ def test_digits_are_all_there_and_stratified():
     assert (len(train), len(test)) == (1438, 359)
     assert test.labels.bincount().tolist() == [36, 36, 35, 37, 36, 36, 36, 36, 35, 36]
     assert train.classes == [str(d) for d in range(10)]
+
+
+def test_augmented_digits_differ_by_epoch_but_little():
+    plain, moved = Digits(size=32), Digits(size=32, augment=True)
+    assert torch.equal(plain[5]["pixels"], moved[5]["pixels"])
+    one, two = moved.get(5, 1)["pixels"], moved.get(5, 2)["pixels"]
+    assert torch.equal(one, moved.get(5, 1)["pixels"])
+    assert 0 < (one - two).abs().mean() < 0.3
+    still = jitter(plain[5]["pixels"], torch.full((4,), 0.5))
+    torch.testing.assert_close(still, plain[5]["pixels"], rtol=0, atol=1e-5)
 
 
 def test_items_do_not_share_memory():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from sklearn.datasets import load_digits
@@ -21,12 +23,15 @@ class Digits(VisualDataset):
     Args:
         size: image side in pixels.
         split: ``train`` or ``test``.
+        augment: turn, move and zoom the digits a little, in each epoch anew; in epoch 0, and through ``dataset[i]``, they are as
+            they were written.
     """
 
     has_captions = True
 
-    def __init__(self, size: int = 32, split: str = "train") -> None:
+    def __init__(self, size: int = 32, split: str = "train", augment: bool = False) -> None:
         self.sample_shape = (check_size(size), size)
+        self.augment = augment
         self.classes = [str(digit) for digit in range(10)]
         source = load_digits()
         targets = torch.from_numpy(source.target).long()
@@ -44,11 +49,27 @@ class Digits(VisualDataset):
 
     def get(self, index: int, epoch: int = 0) -> Item:
         label = int(self._labels[index])
+        pixels = self._pixels[index]
+        if self.augment and epoch:
+            pixels = jitter(pixels, Noise(0, [index]).uniform("digits/jitter", (4,), at=(epoch,))[0])
         return {
-            "pixels": self._pixels[index].expand(3, -1, -1).clone(),
+            "pixels": pixels.expand(3, -1, -1).clone(),
             "class_label": label,
             "caption": f"a handwritten digit {NAMES[label]}",
         }
+
+
+def jitter(pixels: Tensor, u: Tensor) -> Tensor:
+    """A picture ``(C, H, W)`` turned by up to 8 degrees, zoomed by up to 7 % and moved by up to 3 % of its side.
+
+    ``u``: four uniform draws in [0, 1) for turn, zoom and the two shifts; 0.5 changes nothing.
+    """
+    turn, zoom, *shift = (2 * u - 1).tolist()
+    angle, scale = math.radians(8 * turn), math.exp(0.07 * zoom)
+    cos, sin = scale * math.cos(angle), scale * math.sin(angle)
+    rows = torch.tensor([[[cos, -sin, 0.06 * shift[0]], [sin, cos, 0.06 * shift[1]]]])
+    grid = F.affine_grid(rows, [1, *pixels.shape], align_corners=False)
+    return F.grid_sample(pixels[None], grid, padding_mode="border", align_corners=False)[0]
 
 
 def stratified_split(targets: Tensor, split: str, test_share: float = 0.2) -> Tensor:
