@@ -15,6 +15,7 @@ PUBLIC: dict[str, str] = {
     "CLIPTextEncoder": "vargen.text",
     "Condition": "vargen.condition",
     "ECAR": "vargen.backbones.ecar",
+    "EagleDrafter": "vargen.backbones.drafter",
     "FlexTok": "vargen.tokenizers.flextok",
     "FeatureNet": "vargen.metrics.features",
     "Guidance": "vargen.guidance",
@@ -23,6 +24,7 @@ PUBLIC: dict[str, str] = {
     "LARPTokenizer": "vargen.tokenizers.larp",
     "FlexTokGenerator": "vargen.backbones.flextok",
     "LARPGenerator": "vargen.backbones.larp",
+    "Lantern": "vargen.decoding.lantern",
     "LlamaGen": "vargen.backbones.llamagen",
     "MAR": "vargen.backbones.mar",
     "MaskGITVQGAN": "vargen.tokenizers.titok_vqgan",
@@ -58,7 +60,7 @@ class System:
 
     Attributes:
         name: key in configurations and on the command line.
-        kind: ``tokenizer`` or ``generator``.
+        kind: ``tokenizer``, ``generator`` or ``drafter``.
         model: public class name.
         paper: title and arXiv number.
         official: module of its checkpoint adapter, with ``load(path, **options) -> model``; None if nothing was released.
@@ -151,6 +153,15 @@ SYSTEMS: dict[str, System] = {
             "LARP: Tokenizing Videos with a Learned Autoregressive Generative Prior, arXiv 2410.21264",
             "vargen.official.larp",
             ("hywang66/LARP-L-long-AR", "hywang66/LARP-L-long-AR-FP"),
+        ),
+        System(
+            "lantern",
+            "drafter",
+            "EagleDrafter",
+            "LANTERN: Accelerating Visual Autoregressive Models with Relaxed Speculative Decoding, arXiv 2410.03355; LANTERN++, "
+            "arXiv 2502.06352",
+            "vargen.official.lantern",
+            ("jadohu/{llamagen,llamagen2}_drafter", "jadohu/LlamaGen-T2I, LlamaGen-T2I-2 (LlamaGen's text-conditional models)"),
         ),
         System(
             "titok",

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from vargen.condition import Condition
 from vargen.decoding.engine import decode
-from vargen.decoding.protocols import State
+from vargen.decoding.protocols import Decoding, State
 from vargen.errors import VargenError
 from vargen.guidance import Guidance
 from vargen.layout import Layout
@@ -177,9 +177,13 @@ class CausalGenerator(Generator):
         sampling: Sampling | None = None,
         on_step: OnStep | None = None,
         num_tokens: int | None = None,
+        decoding: Decoding | None = None,
         **options: Any,
     ) -> Tensor:
-        """Tokens ``(B, *token_shape)``; with ``num_tokens``, for ordered spaces, the first so many, ``(B, num_tokens)``."""
+        """Tokens ``(B, *token_shape)``; with ``num_tokens``, for ordered spaces, the first so many, ``(B, num_tokens)``.
+
+        ``decoding``: another way of decoding than the plain loop, such as :class:`vargen.decoding.lantern.Lantern`.
+        """
         if num_tokens is not None and not (self.space.ordered and 1 <= num_tokens <= self.space.num_tokens):
             reason = f"expected 1..{self.space.num_tokens}" if self.space.ordered else "this token space has no valid prefixes"
             raise VargenError(f"num_tokens {num_tokens}: {reason}")
@@ -190,7 +194,8 @@ class CausalGenerator(Generator):
         training = self.training
         self.eval()
         try:
-            tokens = decode(self, condition, batch, noise.to(self.device), guidance, sampling, on_step, num_tokens)  # type: ignore[arg-type]
+            run = decode if decoding is None else decoding.decode
+            tokens = run(self, condition, batch, noise.to(self.device), guidance, sampling, on_step, num_tokens)  # type: ignore[arg-type]
             return tokens if num_tokens is None else tokens[:, :num_tokens]
         finally:
             self.train(training)

@@ -8,8 +8,11 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from vargen.condition import Condition
+from vargen.guidance import Guidance
 from vargen.layout import Layout
+from vargen.model import OnStep, Sampling
 from vargen.nn.cache import KVCache
+from vargen.noise import Noise
 from vargen.space import TokenSpace
 
 
@@ -58,3 +61,20 @@ class CausalModel(Protocol):
 
     def logits(self, hidden: Tensor, head: int = 0) -> Tensor:
         """float32 ``(..., V)`` of a head's hidden states."""
+
+
+class Decoding(Protocol):
+    """A way of decoding causal models other than the engine's plain loop."""
+
+    def decode(
+        self,
+        model: CausalModel,
+        condition: Condition,
+        batch_size: int,
+        noise: Noise,
+        guidance: Guidance | None = None,
+        sampling: Sampling | None = None,
+        on_step: OnStep | None = None,
+        stop: int | None = None,
+    ) -> Tensor:
+        """Tokens ``(B, *space.token_shape)``, see :func:`vargen.decoding.engine.decode`."""
