@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -211,9 +212,10 @@ class MAR(Generator):
 
         steps: decoding steps, 64 or one per cell by default.
         head_steps: sampling steps of the head, its own by default.
+        decoding: another driver than the plain loop, such as :class:`vargen.decoding.continuous.ContinuousSpeculation`.
         known, tokens: cells to keep and their tokens (inpainting, outpainting), see :func:`vargen.decoding.masked.given_tokens`.
         """
-        check_keys(options, ("steps", "head_steps", "known", "tokens"), "MAR.generate")
+        check_keys(options, ("steps", "head_steps", "decoding", "known", "tokens"), "MAR.generate")
         batch = self.check_condition(condition, batch_size)
         guidance = guidance or Guidance()
         if guidance.rows > 2:
@@ -226,10 +228,10 @@ class MAR(Generator):
             known, given = known.to(self.device), given.to(self.device).flatten(1, -2)
             tokens = torch.where(known.unsqueeze(-1), given, tokens)
         counts = plan(cells, options.get("steps") or min(64, cells), known)
+        decoding = options.get("decoding")
         with evaluating(self):
-            tokens = decode_masked(
-                self,
-                self.start(condition, batch, guidance.rows),
+            run = partial(decode_masked, self, self.start(condition, batch, guidance.rows))
+            tokens = (run if decoding is None else partial(decoding.decode, self, condition))(
                 tokens,
                 masked_steps(noise.permutation("order", cells), counts, known),
                 noise,
