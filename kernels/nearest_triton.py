@@ -13,9 +13,6 @@ from torch import Tensor
 from vargen.kernels.nearest import check_nearest
 from vargen.kernels.triton_dot import dot_operand
 
-# programs that fill a large GPU; rows alone give fewer when there are few images, then the codebook is split as well
-_PROGRAMS = 512
-
 
 @triton.jit
 def _nearest_code(
@@ -53,6 +50,11 @@ def _nearest_code(
     tl.atomic_min(key_ptr + rows, key, mask=rows < N)
 
 
+def _programs(device: torch.device) -> int:
+    """Number of programs that fill a device."""
+    return 4 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
 @torch.no_grad()
 def nearest_code(z: Tensor, codebook: Tensor) -> Tensor:
     """See :func:`vargen.kernels.nearest.nearest_code`; distances live in registers only.
@@ -69,7 +71,8 @@ def nearest_code(z: Tensor, codebook: Tensor) -> Tensor:
     if n:
         block_n, block_k, block_d = 64, 64, min(max(triton.next_power_of_2(d), 16), 32)
         row_blocks = triton.cdiv(n, block_n)
-        split = block_k * triton.cdiv(triton.cdiv(k, block_k), max(_PROGRAMS // row_blocks, 1))
+        # the rows of a few images are too few programs: then the codebook is split as well
+        split = block_k * triton.cdiv(triton.cdiv(k, block_k), max(_programs(z.device) // row_blocks, 1))
         _nearest_code[(row_blocks, triton.cdiv(k, split))](
             keys, z, codebook, z.float().square().sum(-1), codebook.float().square().sum(-1), n, k, d, split,
             OPERAND=dot_operand(z.dtype), BLOCK_N=block_n, BLOCK_K=block_k, BLOCK_D=block_d,

@@ -79,7 +79,7 @@ def sampling(draw):
     }
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40, deadline=None, derandomize=True)
 @given(sampling())
 def test_drawn_token_survives_the_filters(case):
     uniform = case.pop("uniform")
@@ -105,7 +105,7 @@ def on(device, case):
     return {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in case.items()}
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20, deadline=None, derandomize=True)
 @given(sampling())
 def test_kernel_draws_the_reference_token(run_triton, device, case):
     assert agrees(run_triton("guided_sample", **on(device, case)).cpu(), case)
@@ -122,10 +122,24 @@ def test_kernel_draws_from_vocabularies_of_several_blocks(run_triton, device, to
     assert tokens[0, 1] >= 4097
 
 
+@pytest.mark.parametrize("top_k, survivors", [(1, [3]), (3, [3, 5, 6]), (4, [0, 2, 3, 5, 6]), (6, [0, 1, 2, 3, 5, 6])])
+def test_kernel_keeps_the_top_k_and_their_ties(run_triton, device, top_k, survivors):
+    logits = torch.tensor([0.0, -0.1, -0.0, 0.3, -INF, 0.1, 0.2]).expand(1, 32, 7).to(device)
+    uniform = ((torch.arange(32) + 0.5) / 32).reshape(1, 32).to(device)
+    assert run_triton("guided_sample", logits, None, 1.0, uniform, top_k=top_k).unique().tolist() == survivors
+
+
 def test_kernel_keeps_the_first_of_equal_tokens_under_top_p(run_triton, device):
-    uniform = ((torch.arange(16) + 0.5) / 16).reshape(1, 16).to(device)
-    tokens = run_triton("guided_sample", torch.zeros(1, 16, 8, device=device), None, 1.0, uniform, top_p=0.45)
-    assert tokens.unique().tolist() == [0, 1, 2, 3]  # 3/8 <= 0.45 < 4/8
+    uniform = (torch.arange(4) / 4).reshape(1, 4).to(device)  # on the edges between tokens, which belong to the upper one
+    tokens = run_triton("guided_sample", torch.zeros(1, 4, 8, device=device), None, 1.0, uniform, top_p=0.45)
+    assert tokens.tolist() == [[0, 1, 2, 3]]  # 3/8 <= 0.45 < 4/8
+
+
+def test_kernel_counts_equal_tokens_across_blocks(run_triton, device):
+    logits, uniform = torch.zeros(1, 1, 4100, device=device), torch.full((1, 1), 1 - 2**-24, device=device)
+    assert run_triton("guided_sample", logits, None, 1.0, uniform, top_p=4097.5 / 4100).tolist() == [[4097]]
+    assert run_triton("guided_sample", logits, None, 1.0, uniform).tolist() == [[4099]]
+    assert run_triton("guided_sample", logits, None, 1.0, uniform, greedy=True).tolist() == [[0]]
 
 
 def test_kernel_takes_the_first_largest_logit_if_greedy(run_triton, device):
