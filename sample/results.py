@@ -17,6 +17,7 @@ from vargen.sample.motion import read_frames, save_gif
 from vargen.sample.picture import grid, save_image
 
 GRID_LIMIT = 100
+MAX_COLUMNS = 12
 
 
 def write_grid(manifest: Manifest, num: int, class_names: Sequence[str] | None = None) -> Path:
@@ -24,15 +25,18 @@ def write_grid(manifest: Manifest, num: int, class_names: Sequence[str] | None =
     records = [manifest.records[index] for index in range(min(num, GRID_LIMIT))]
     labels = [_label(record, class_names) for record in records]
     titles = labels if any(labels) else None
+    # conditions take turns: where a few of them fill more than a row, each gets a column
+    distinct = len(set(labels))
+    columns = distinct if 1 < distinct <= MAX_COLUMNS and len(labels) > distinct else None
     files = [manifest.folder / record["file"] for record in records]
     if files[0].suffix == ".mp4":
         videos = [read_frames(file) for file in files]
         path = manifest.folder / "grid.gif"
         steps = range(min(len(video) for video in videos))
-        save_gif([grid([Image.fromarray(video[t]) for video in videos], titles) for t in steps], path, hold=0)
+        save_gif([grid([Image.fromarray(video[t]) for video in videos], titles, columns) for t in steps], path, hold=0)
     else:
         path = manifest.folder / "grid.png"
-        save_image(grid([_open(file) for file in files], titles), path)
+        save_image(grid([_open(file) for file in files], titles, columns), path)
     return path
 
 

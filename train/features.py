@@ -101,10 +101,10 @@ def train_features(
 
 
 def properties_of(name: str, dataset: VisualDataset) -> dict[str, list[str]]:
-    """What the network of a set tells, the class first."""
+    """What the network of a set tells; the class of shapes is the shape."""
     if name == "shapes":
         return {
-            "shape": list(SHAPES),
+            "class": list(SHAPES),
             "color": list(COLORS),
             "background": list(BACKGROUNDS),
             "size": list(SIZES),
@@ -119,9 +119,9 @@ def _tabulate(dataset: VisualDataset, properties: Mapping[str, list[str]]) -> tu
     for batch in ordered_batches(dataset, 64):
         pixels.append(round_to_8_bits(batch["pixels"]))
         for row, label in enumerate(batch["class_labels"].tolist()):
-            words = attributes_from_caption(batch["captions"][row]) if "shape" in properties else None
+            words = attributes_from_caption(batch["captions"][row]) if len(properties) > 1 else None
             for key, values in properties.items():
-                targets[key].append(label if words is None else values.index(getattr(words, key)))
+                targets[key].append(label if key == "class" else values.index(getattr(words, key)))
     return torch.cat(pixels), {key: torch.tensor(numbers) for key, numbers in targets.items()}
 
 

@@ -100,13 +100,14 @@ class Trainer:
         self.local_size = self.batch_size // world
         self.total_steps = self._steps("max_train_steps", training.max_train_steps, training.num_train_epochs)
         warmup = self._steps("warmup_steps", config.lr_scheduler.warmup_steps, config.lr_scheduler.warmup_epochs)
+        hold = self._steps("hold_steps", config.lr_scheduler.hold_steps, config.lr_scheduler.hold_epochs)
         self.checkpoints = Checkpoints(self.output_dir, training.checkpoints_total_limit)
         self.final = self.output_dir / FINAL
 
         task.total_steps = self.total_steps
         task.setup(self.device)
         base = base_learning_rate(config.optimizer, self.batch_size)
-        self.rate = learning_rate(config.lr_scheduler, base, self.total_steps, warmup)
+        self.rate = learning_rate(config.lr_scheduler, base, self.total_steps, warmup, hold)
         self.compiled = compile_network(task.network, training.compile, self.device)
         optimizer = build_optimizer(task.network, config.optimizer, self.batch_size)
         self.network, self.optimizer = self.accelerator.prepare(task.network, optimizer)

@@ -26,6 +26,8 @@ LR_SCHEDULER: dict[str, Any] = {
     "name": "constant",
     "warmup_steps": 0,
     "warmup_epochs": None,
+    "hold_steps": 0,  # up to this step, linear and cosine schedules stay at the full rate
+    "hold_epochs": None,
     "floor": 0.0,
     "milestones": [],
     "gamma": 0.1,
@@ -85,11 +87,14 @@ def base_learning_rate(config: Mapping[str, Any], batch_size: int) -> float:
     return float(rate) if rate is not None else float(blr) * batch_size / 256
 
 
-def learning_rate(config: Mapping[str, Any], base: float, total_steps: int, warmup_steps: int) -> Callable[[int], float]:
+def learning_rate(
+    config: Mapping[str, Any], base: float, total_steps: int, warmup_steps: int, hold_steps: int = 0
+) -> Callable[[int], float]:
     """The learning rate of step ``s`` (counted from 1) as a function, so that resuming needs no scheduler state.
 
     Warm-up rises linearly from ``floor * base`` to ``base`` over ``warmup_steps``; then ``constant`` stays, ``linear`` and
-    ``cosine`` fall to ``floor * base`` at ``total_steps``, and ``multistep`` multiplies by ``gamma`` at each milestone (a step).
+    ``cosine`` fall from step ``hold_steps`` on to ``floor * base`` at ``total_steps``, and ``multistep`` multiplies by ``gamma`` at
+    each milestone (a step).
 
     Raises:
         ConfigError: unknown name, or a floor outside [0, 1].
@@ -100,6 +105,8 @@ def learning_rate(config: Mapping[str, Any], base: float, total_steps: int, warm
     if not 0 <= floor <= 1:
         raise ConfigError(f"lr_scheduler floor {floor}: expected a share of the learning rate in [0, 1]")
 
+    start = max(warmup_steps, hold_steps)
+
     def rate(step: int) -> float:
         if step <= warmup_steps:
             return base * (floor + (1 - floor) * step / warmup_steps)
@@ -107,7 +114,7 @@ def learning_rate(config: Mapping[str, Any], base: float, total_steps: int, warm
             return base * float(config["gamma"]) ** sum(step > milestone for milestone in config["milestones"])
         if name == "constant":
             return base
-        share = min((step - warmup_steps) / max(total_steps - warmup_steps, 1), 1.0)
+        share = min(max(step - start, 0) / max(total_steps - start, 1), 1.0)
         remaining = 1 - share if name == "linear" else 0.5 * (1 + math.cos(math.pi * share))
         return base * (floor + (1 - floor) * remaining)
 

@@ -44,8 +44,8 @@ def test_shipped_networks_know_held_out_pictures(digits):
     assert accuracy(digits, "digits")["class"] >= 0.97
     shapes = load_feature_net("shapes")
     pixels, labels = _images(Shapes(size=64, split="test"), range(160))
-    assert (shapes(pixels).logits["shape"].argmax(1) == labels).float().mean() >= 0.97
-    assert set(shapes.config["properties"]) == {"shape", "color", "background", "size", "position"}
+    assert (shapes(pixels).logits["class"].argmax(1) == labels).float().mean() >= 0.97
+    assert set(shapes.config["properties"]) == {"class", "color", "background", "size", "position"}
     assert isinstance(shapes, FeatureExtractor)
 
 
@@ -92,6 +92,17 @@ def test_every_source_gives_the_same_report(digits, tmp_path):
     plain.mkdir()
     (folder / "000000.png").rename(plain / "a.png")
     assert read_samples(plain).class_labels is None
+
+
+def test_conditional_accuracy_is_that_of_the_class_alone(digits, caplog):
+    data = Shapes(size=32, length=96, split="test")
+    pixels, labels = _images(data, range(96))
+    report = evaluate_images(pixels, data, load_feature_net("shapes"), labels=labels)
+    assert report["conditional_accuracy"] >= 0.97
+    assert report["ground_truth"]["shape"]["share"] >= 0.97
+    # a network of other classes measures distances, but no accuracy
+    assert "conditional_accuracy" not in evaluate_images(pixels, data, digits, labels=labels)
+    assert "tells 10 classes, the reference has 8" in caplog.text
 
 
 def test_prompts_are_checked_by_the_rules_of_the_set(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -18,6 +19,8 @@ from vargen.metrics.frechet import frechet_from_features
 from vargen.metrics.manifold import manifold_scores
 from vargen.metrics.samples import SampleSet, read_samples, round_to_8_bits
 from vargen.noise import Noise
+
+logger = logging.getLogger(__name__)
 
 Report = dict[str, Any]
 NEIGHBORS = 3
@@ -77,8 +80,14 @@ def evaluate_images(
         "precision": scores.precision,
         "recall": scores.recall,
     }
-    if generated.class_labels is not None and fake.logits:
-        right = next(iter(fake.logits.values())).argmax(1) == generated.class_labels
+    class_logits = fake.logits.get("class")
+    if generated.class_labels is not None and class_logits is not None and class_logits.shape[1] != reference.num_classes:
+        logger.warning(
+            "no conditional accuracy: %s tells %d classes, the reference has %d",
+            extractor.name, class_logits.shape[1], reference.num_classes,
+        )  # fmt: skip
+    elif generated.class_labels is not None and class_logits is not None:
+        right = class_logits.argmax(1) == generated.class_labels
         report["conditional_accuracy"], report["conditional_accuracy_stderr"] = _share(right)
         report["class_accuracy"] = {
             reference.classes[c]: float(right[generated.class_labels == c].float().mean())

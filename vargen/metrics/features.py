@@ -26,7 +26,7 @@ class Features:
 
     Attributes:
         features: float32 ``(B, D)``.
-        logits: for each property that the network tells, ``(B, K)``; the class comes first. Empty for networks without classes.
+        logits: for each property that the network tells, ``(B, K)``; the class is called ``class``. May be empty.
     """
 
     features: Tensor
@@ -50,7 +50,7 @@ class FeatureNet(VargenModel):
     """A small convolutional classifier; its penultimate layer gives the features.
 
     Args:
-        properties: what it tells of an image, name -> names of the values; the class comes first.
+        properties: what it tells of an image, name -> names of the values; that of the class is ``class``.
         image_size: side that pixels are resized to (bilinear with antialiasing), a multiple of 8.
         widths: channels of the four convolutions; the first three halve the image.
         dim: width of the features.
