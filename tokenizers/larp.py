@@ -57,6 +57,7 @@ class LARPTokenizer(VisualTokenizer):
             softmax(cosine / temperature) (section 3.2).
         position_base: base of the sine-cosine table of the latent positions.
         norm_eps: of the norms inside both transformers.
+        query_std: of the queries at the start; short runs need more than the published 0.02 for the tokens to become different.
         quantizer_weight, commitment_weight: weight of codebook loss + commitment_weight * commitment loss.
         revive_after: a code unused for so many steps is replaced by a latent of the batch; None leaves dead codes alone.
         prior: size of the autoregressive prior, a key of ``PRIORS`` or arguments of :class:`LatentPrior`; None for none, which is
@@ -86,6 +87,7 @@ class LARPTokenizer(VisualTokenizer):
         temperature: float = 0.03,
         position_base: float = 10000.0,
         norm_eps: float = 1e-5,
+        query_std: float = 0.02,
         quantizer_weight: float = 0.1,
         commitment_weight: float = 0.25,
         revive_after: int | None = None,
@@ -97,7 +99,7 @@ class LARPTokenizer(VisualTokenizer):
         grid = patch_grid((frames, sample_size, sample_size), self.patch)
         block: dict[str, Any] = {"norm_eps": norm_eps, "qkv_bias": False}
         self.embed = PatchEmbed(3, encoder_dim, self.patch)
-        self.queries = nn.Parameter(0.02 * torch.randn(num_tokens, encoder_dim))
+        self.queries = nn.Parameter(query_std * torch.randn(num_tokens, encoder_dim))
         self.encoder = Transformer(encoder_depth, encoder_dim, encoder_heads, **block)
         self.to_code = nn.Linear(encoder_dim, code_dim)
         self.quantizer = VectorQuantizer(
