@@ -207,8 +207,8 @@ def test_errors(pixels):
         first.decode(torch.zeros(1, 5, 12))
     with pytest.raises(VargenError, match="no text branch"):
         model.qformer.text(torch.zeros(1, 2, dtype=torch.long), torch.ones(1, 2, dtype=torch.bool))
+    reader = QFormer(2, 8, 1, 2, 8, 8, vocab_size=5, max_positions=4)
     with pytest.raises(VargenError, match="at most 4"):
-        reader = QFormer(2, 8, 1, 2, 8, 8, vocab_size=5, max_positions=4)
         reader.text(torch.zeros(1, 5, dtype=torch.long), torch.ones(1, 5, dtype=torch.bool))
 
 
