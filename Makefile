@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: sample test lint clean
+.PHONY: sample test lint digits shapes clean
 
 sample: $(VENV)/.installed
 	rm -rf outputs/digits
@@ -16,6 +16,11 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+# the bundled models, made anew into outputs/train/
+digits shapes: $(VENV)/.installed
+	$(BIN)/vargen train $@/tokenizer
+	$(BIN)/vargen train $@/generator
 
 clean:
 	rm -rf $(VENV) build dist outputs *.egg-info
