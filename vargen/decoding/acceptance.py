@@ -44,7 +44,7 @@ class Relaxation:
         if self.delta is not None and not 0 <= self.delta <= 1:
             raise VargenError(f"delta {self.delta}: expected a total variation in [0, 1]")
         if self.ratio is not None and not 1 <= self.ratio < float("inf"):
-            raise VargenError(f"ratio {self.ratio}: expected a number >= 1, 1 being lossless")
+            raise VargenError(f"ratio {self.ratio}: expected a number >= 1")
         codes, columns = self.neighbors.shape
         if not 1 <= self.k < codes or columns < min(self.k + 1, codes - 1):
             raise VargenError(f"{self.k} neighbours from a table of {codes} codes and {columns} columns: expected k + 1 columns")
@@ -54,7 +54,14 @@ class Relaxation:
 
         Args:
             probs: ``(n, V)``, a distribution for each token.
+
+        Raises:
+            VargenError: a table of another number of codes.
         """
+        if probs.shape[1] != len(self.neighbors):
+            raise VargenError(
+                f"neighbour table of {len(self.neighbors)} codes for a target of {probs.shape[1]}: it is of another codebook"
+            )
         mass = probs.gather(1, self.neighbors[tokens, : self.k].long()).cumsum(1)
         bound = (self.ratio - 1) * probs.gather(1, tokens.unsqueeze(1)) if self.ratio is not None else self.delta
         within = mass <= bound

@@ -60,6 +60,8 @@ class Settled:
         hidden: ``(rows, m, width)``, the target's hidden states of these slots.
         logits: float32 ``(n, V)``, guided and filtered, behind every node of the pass; of the prefix only behind its last slot.
         path: nodes of the pass that were kept, ``[0]`` for the prefix.
+        room: most tokens that may follow the root on a path of the draft, at least 1. The last token of all is never drafted, since
+            nothing is predicted from it: it comes from the target.
     """
 
     known: int
@@ -67,6 +69,7 @@ class Settled:
     hidden: Tensor
     logits: Tensor
     path: list[int]
+    room: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,7 +137,7 @@ class Drafting(Protocol):
     passes: int
 
     def propose(self, settled: Settled) -> Draft:
-        """A draft whose nodes stay within the layout; a lone root is allowed. Called once after every pass of the target."""
+        """A draft, of which a lone root is the least. Called after every pass of the target that leaves room for one."""
 
 
 class Proposer(Protocol):

@@ -41,8 +41,8 @@ class Shape(Protocol):
     @property
     def fed(self) -> int: ...
 
-    def grow(self, work: EagleDrafting, root: Tensor, state: Tensor, known: int) -> Draft:
-        """A draft below ``root`` ``(1,)``, of which ``state`` ``(R, 1, width)`` is the drafter's prediction."""
+    def grow(self, work: EagleDrafting, state: Tensor, settled: Settled) -> Draft:
+        """A draft below the root, of which ``state`` ``(R, 1, width)`` is the drafter's prediction."""
 
 
 @dataclass(frozen=True)
@@ -66,14 +66,15 @@ class DynamicTree:
     def fed(self) -> int:
         return self.depth * self.top_k
 
-    def grow(self, work: EagleDrafting, root: Tensor, state: Tensor, known: int) -> Draft:
+    def grow(self, work: EagleDrafting, state: Tensor, settled: Settled) -> Draft:
+        known = settled.known
         scores, ids = _largest(work.read(state, known).log_softmax(-1)[0], self.top_k)
         width, device = len(ids), ids.device
         # of all candidates: score, id, and the number of the candidate above; the frontier are those that get children next
         all_scores, all_ids, all_above = [scores], [ids], [torch.full((width,), -1, device=device)]
         frontier, states = torch.arange(width, device=device), state.expand(-1, width, -1)
         seen = torch.zeros(width, 0, dtype=torch.bool, device=device)
-        for step in range(min(self.depth, work.left(known) - 1)):
+        for step in range(min(self.depth, settled.room - 1)):
             seen = torch.cat([seen, torch.eye(width, dtype=torch.bool, device=device)], dim=1)
             states = work.feed(states, ids, known + step, seen)
             values, children = _largest(work.read(states, known + step + 1).log_softmax(-1), width)
@@ -91,7 +92,7 @@ class DynamicTree:
         parents = torch.where(above[kept] < 0, 0, torch.searchsorted(kept, above[kept]) + 1)
         if score.isnan().any():
             raise VargenError("the drafter produced NaN logits: its weights are broken")
-        return Draft(Tree((-1, *parents.tolist()), by_leaf=work.greedy), torch.cat([root, torch.cat(all_ids)[kept]]))
+        return Draft(Tree((-1, *parents.tolist()), by_leaf=work.greedy), torch.cat([settled.tokens[-1:], torch.cat(all_ids)[kept]]))
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,10 +111,10 @@ class FixedTree:
     def fed(self) -> int:
         return self.size
 
-    def grow(self, work: EagleDrafting, root: Tensor, state: Tensor, known: int) -> Draft:
-        shape = self.shape.limited(work.left(known))
-        tree, states, device = shape.tree, state, root.device
-        tokens = root.repeat(len(tree))
+    def grow(self, work: EagleDrafting, state: Tensor, settled: Settled) -> Draft:
+        known, shape = settled.known, self.shape.limited(settled.room)
+        tree, states, device = shape.tree, state, state.device
+        tokens = settled.tokens[-1:].repeat(len(tree))
         proposals: dict[int, Tensor] = {}
         entries: list[int] = []
         for depth, nodes in enumerate(shape.expanded):
@@ -173,10 +174,6 @@ class EagleDrafting:
     def greedy(self) -> bool:
         return self.sample.read.sampling.greedy
 
-    def left(self, known: int) -> int:
-        """Cells that are not known yet."""
-        return self.sample.layout.order.num_cells - known
-
     def read(self, states: Tensor, index: int) -> Tensor:
         """Logits ``(n, V)`` of token number ``index`` from predicted states ``(R, n, width)``."""
         return self.sample.read(states, [index] * states.shape[1])
@@ -200,7 +197,7 @@ class EagleDrafting:
         end = layout.prefix + settled.known
         predicted = self._run(settled.hidden, settled.tokens, layout.cell[end - count : end], None)
         self.stable = self.cache.length
-        draft = self.shape.grow(self, settled.tokens[-1:], predicted[:, -1:], settled.known)
+        draft = self.shape.grow(self, predicted[:, -1:], settled)
         self.cache.truncate(self.stable)
         return draft
 

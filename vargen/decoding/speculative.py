@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vargen.condition import Condition
-from vargen.decoding.draft import Acceptor, Proposer, Readout, Sample, Settled
+from vargen.decoding.draft import Acceptor, Draft, Proposer, Readout, Sample, Settled
 from vargen.decoding.protocols import CausalModel, State
-from vargen.decoding.tree import Tree
+from vargen.decoding.tree import Tree, chain
 from vargen.errors import VargenError
 from vargen.guidance import Guidance
 from vargen.kernels.sample import inverse_cdf
@@ -138,7 +138,8 @@ class Speculation:
             if known >= read.total:
                 break
             new = torch.tensor([*following, root], device=hidden.device)
-            draft = drafting.propose(Settled(known, new, hidden, logits, path))
+            room = cells - 1 - known
+            draft = drafting.propose(Settled(known, new, hidden, logits, path, room)) if room else Draft(chain(0), new[-1:])
 
             depths = draft.tree.depths
             slots = torch.tensor(depths) + (prefix + known - 1)
@@ -156,9 +157,6 @@ class Speculation:
             hidden, following = hidden[:, kept], draft.tokens[kept[1:]].tolist()
             tokens += following
             accepted.append(len(following))
-            if len(tokens) == cells:
-                report(tokens)
-                break
         self.statistics.draft_passes += drafting.passes
 
 

@@ -163,7 +163,7 @@ def drafter_and_trees(case: Case) -> dict[str, Tensor]:
 
 def settled(ids: Tensor, hidden: Tensor) -> Settled:
     """The last tokens of a drafter's ids, of which 119 stand for the condition."""
-    return Settled(len(ids) - 119, ids[-hidden.shape[1] :], hidden, torch.empty(0), [0])
+    return Settled(len(ids) - 119, ids[-hidden.shape[1] :], hidden, torch.empty(0), [0], 100)
 
 
 def buffers(tree: Tree) -> dict[str, Tensor]:
