@@ -14,6 +14,7 @@ from torch import Tensor
 
 from vargen.checkpoint import atomic_write
 from vargen.errors import VargenError
+from vargen.layout import Layout
 from vargen.order import Order
 
 _MARGIN = 4
@@ -147,6 +148,20 @@ def draw_order(order: Order, side: int = 32) -> Image.Image:
         top += rows * side + _MARGIN
         first += count * rows * columns
     return sheet
+
+
+def draw_mask(layout: Layout, side: int = 8) -> Image.Image:
+    """Who sees whom: a row for each input slot as query, a column as key, dark where it is seen; ``side`` pixels per slot.
+
+    Prefix slots are blue, extra slots red, so that they are told from cells.
+    """
+    slots = torch.arange(layout.num_inputs)
+    colours = torch.full((layout.num_inputs, 3), 40)
+    colours[layout.cell[slots] < 0] = torch.tensor([40, 90, 200])
+    colours[layout.extra[slots] >= 0] = torch.tensor([200, 60, 50])
+    picture = torch.where(layout.mask().unsqueeze(-1), colours, torch.full_like(colours, 240))
+    image = Image.fromarray(picture.to(torch.uint8).numpy())
+    return image.resize((image.width * side, image.height * side), Image.Resampling.NEAREST)
 
 
 def _planes(shape: Sequence[int]) -> tuple[int, int, int]:

@@ -224,6 +224,9 @@ def test_order_draws_a_picture(run: Run, tmp_path: Path) -> None:
     assert run("order", "blocks", "4x4", "size=8", "-o", tmp_path / "a.png")[1] == f"16 cells in 2 steps: {tmp_path / 'a.png'}\n"
     assert run("order", "cells", "4x4", "cell=2x2", "-o", tmp_path / "a.png")[0] == 0
     assert run("order", "scales", "1x1", "2x2", "-o", tmp_path / "a.png")[0] == 0
+    assert run("order", "neighbors", "4x4", "--mask", "neighboring", "-o", tmp_path / "a.png")[0] == 0
+    check_refused(run("order", "raster", "4x4", "--mask", "shiftd"), "did you mean 'shifted'")
+    check_refused(run("order", "neighbors", "4x4", "--mask", "shifted"), "equal size")
     check_refused(run("order", "raster", "4x4", "size=2"), "blocks needs size")
     check_refused(run("order", "blocks", "4x4"), "blocks needs size")
     check_refused(run("order", "raster", "size=2"), "no shape")

@@ -8,9 +8,20 @@ import torch
 from PIL import Image
 
 from vargen.errors import DataError, VargenError
+from vargen.layout import hybrid
 from vargen.order import Order
 from vargen.sample.motion import frames_of, read_frames, save_gif, save_video
-from vargen.sample.picture import draw_order, enlarge, from_image, grid, save_image, side_by_side, to_images, to_uint8
+from vargen.sample.picture import (
+    draw_mask,
+    draw_order,
+    enlarge,
+    from_image,
+    grid,
+    save_image,
+    side_by_side,
+    to_images,
+    to_uint8,
+)
 
 
 def test_conversion_clamps_and_truncates() -> None:
@@ -129,3 +140,14 @@ def test_unreadable_video(tmp_path: Path) -> None:
             read_frames(tmp_path / name)
     with pytest.raises(VargenError, match="expected uint8"):
         save_video(np.zeros((2, 8, 8, 3)), tmp_path / "b.mp4")
+
+
+def test_a_mask_is_dark_where_a_slot_is_seen():
+    layout = hybrid((2, 4), 4, 1)
+    picture = np.asarray(draw_mask(layout, side=1)).astype(int)
+    assert picture.shape == (layout.num_inputs, layout.num_inputs, 3)
+    seen = picture.min(-1) < 240
+    assert (seen == layout.mask().numpy()).all()
+    blue, red = picture[-1, 0], picture[-1, layout.num_inputs - 1]
+    assert blue[2] > blue[0]
+    assert red[0] > red[2]

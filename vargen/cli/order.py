@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from vargen.cli.options import parse_integers
-from vargen.errors import ConfigError
+from vargen.errors import ConfigError, nearest
 
 
 def order(
@@ -17,6 +17,10 @@ def order(
         list[str], typer.Argument(help="Grid such as 8x8 or 4x8x8 (several for scales), then options such as size=4.")
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="PNG file.")] = Path("order.png"),
+    mask: Annotated[
+        str | None, typer.Option(help="Draw the attention mask of this layout instead: shifted or neighboring.")
+    ] = None,
+    prefix: Annotated[int, typer.Option(help="Prefix slots of the layout.")] = 1,
 ) -> None:
     """Draw a decoding order as a picture.
 
@@ -29,8 +33,9 @@ def order(
     if not levels:
         raise ConfigError("no shape: expected a grid such as 8x8")
 
+    from vargen.layout import LAYOUTS
     from vargen.order import make_order
-    from vargen.sample.picture import draw_order, save_image
+    from vargen.sample.picture import draw_mask, draw_order, save_image
 
     values = {key: parse_integers(value, key) for key, value in options.items()}
     try:
@@ -39,5 +44,7 @@ def order(
         raise ConfigError(
             f"order '{name}' with options {list(options) or 'none'}: blocks needs size, cells cell, subsamples stride"
         ) from error
-    save_image(draw_order(drawn), output)
+    if mask is not None and mask not in LAYOUTS:
+        raise ConfigError(f"layout '{mask}'{nearest(mask, LAYOUTS)}")
+    save_image(draw_order(drawn) if mask is None else draw_mask(LAYOUTS[mask](drawn, prefix)), output)
     typer.echo(f"{drawn.num_cells} cells in {drawn.num_steps} steps: {output}")
