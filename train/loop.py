@@ -50,6 +50,7 @@ TRAINING: dict[str, Any] = {
     "num_train_epochs": None,
     "mixed_precision": "no",
     "max_grad_norm": 1.0,
+    "max_grad_value": None,  # clips every element of the gradient, before its norm
     "use_ema": True,
     "ema_decay": 0.9999,
     "ema_warmup": True,
@@ -211,9 +212,11 @@ class Trainer:
             self.ema.update()
 
     def _clip(self) -> Tensor:
-        """Clips the gradient norm and returns what it was."""
-        limit = self.config.training.max_grad_norm
+        """Clips the gradient, element by element if so wished, then its norm, and returns what that was."""
+        limit, largest = self.config.training.max_grad_norm, self.config.training.max_grad_value
         self.accelerator.unscale_gradients(self.optimizer)
+        if largest is not None:
+            nn.utils.clip_grad_value_(self.network.parameters(), float(largest))
         limit = math.inf if limit is None else float(limit)
         if hasattr(self.network, "clip_grad_norm_"):
             return self.network.clip_grad_norm_(limit)

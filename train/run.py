@@ -17,6 +17,7 @@ from vargen.train.loop import Trainer
 
 # kind of a recipe -> module, which has the recipe's SCHEMA, and task
 KINDS = {
+    "drafter": ("vargen.train.drafter", "DrafterTask"),
     "generator": ("vargen.train.generator", "GeneratorTask"),
     "tokenizer": ("vargen.train.tokenizer", "TokenizerTask"),
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from vargen.tokenizers.vq import VQTokenizer
 from vargen.train import generator, tokenizer
 from vargen.train.generator import GeneratorTask
 from vargen.train.loop import Trainer
-from vargen.train.run import train
+from vargen.train.run import KINDS, train
 from vargen.train.tokenizer import TokenizerTask
 
 TRAINING = {
@@ -221,7 +222,7 @@ def test_missing_perceptual_weights_must_be_switched_off(tmp_path: Path, monkeyp
 @pytest.mark.parametrize("path", sorted(RECIPES.rglob("*.yaml")), ids=lambda p: str(p.relative_to(RECIPES)))
 def test_recipes_that_ship_are_known_to_the_schema(path: Path):
     kind = OmegaConf.load(path).kind
-    config = load_config(path, schema={"tokenizer": tokenizer.SCHEMA, "generator": generator.SCHEMA}[kind])
+    config = load_config(path, schema=importlib.import_module(KINDS[kind][0]).SCHEMA)
     assert config.output_dir
     assert config.optimizer.learning_rate or config.optimizer.blr
 

@@ -140,26 +140,32 @@ class EagleDrafter(VargenModel):
         return x
 
     def training_losses(
-        self, states: Tensor, tokens: Tensor, target: CausalGenerator, noise: Noise | None = None
+        self,
+        states: Tensor,
+        tokens: Tensor,
+        target: CausalGenerator,
+        noise: Noise | None = None,
+        state_noise: float = 0.2,
+        probability_weight: float = 0.1,
     ) -> dict[str, Tensor]:
-        """Losses of a batch (LANTERN's code), the total under ``"loss"``.
+        """Losses of a batch, the total under ``"loss"``, see :func:`drafter_losses`; the defaults are LANTERN's.
 
-        Every state that follows a token of the image is predicted, but for the first one.
+        Every state behind a token of the image is predicted, but for the first one.
 
         Args:
             states: ``(B, S, dim)``, see :func:`target_states`.
             tokens: flat codes ``(B, num_cells)``.
             target: whose head makes the logits.
-            noise: addresses the disturbance of the input states, uniform within 51.2 / (number of slots) of them.
+            noise: addresses what is added to the input states, uniform of width ``512 state_noise / (number of slots)``.
         """
         layout, count = target.layout, states.shape[1]
         noise = noise or Noise(torch.seed(), len(states), states.device)
-        disturbance = (noise.uniform("states", tuple(states.shape[1:])) - 0.5) * (0.2 * 512 / layout.num_slots)
+        added = (noise.uniform("states", tuple(states.shape[1:])) - 0.5) * (state_noise * 512 / layout.num_slots)
         cells = layout.cell[1:count]
         ids = torch.where(cells >= 0, tokens.cpu()[:, cells.clamp(min=0)], 0).to(states.device)
-        predicted = self((states + disturbance.to(states))[:, :-1], ids, cells)
+        predicted = self((states + added.to(states))[:, :-1], ids, cells)
         mask = (torch.arange(count - 1) >= layout.prefix).to(states).expand(len(states), -1)
-        return drafter_losses(predicted, states[:, 1:], mask, target.logits)
+        return drafter_losses(predicted, states[:, 1:], mask, target.logits, probability_weight)
 
 
 def drafter_losses(predicted: Tensor, target: Tensor, mask: Tensor, head: Any, weight: float = 0.1) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""``vargen train``: a tokenizer or a generator from a recipe."""
+"""``vargen train``: a tokenizer, a generator or a drafter from a recipe."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def train(
         ),
     ] = None,
 ) -> None:
-    """Train a tokenizer or a generator.
+    """Train a tokenizer, a generator, or a drafter for speculative decoding.
 
     Launch it as it is, or with `torchrun --nproc_per_node=N -m vargen.cli.main train ...` or `accelerate launch -m vargen.cli.main
     train ...` on several devices. Ctrl-C saves a checkpoint and stops.
