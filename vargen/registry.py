@@ -278,7 +278,7 @@ SYSTEMS: dict[str, System] = {
 }
 
 # bundled models: name -> directory under vargen/assets
-BUNDLED: dict[str, str] = {"digits": "digits"}
+BUNDLED: dict[str, str] = {"digits": "digits", "shapes": "shapes"}
 
 
 def load_public(name: str) -> Any:
