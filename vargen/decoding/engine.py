@@ -105,9 +105,12 @@ def mix(model: CausalModel, hidden: tuple[Tensor, ...], step: Step) -> Tensor:
 def step_mask(layout: Layout, slots: Tensor, visible: Tensor | None) -> Tensor | None:
     """Mask of ``slots`` fed behind all earlier ones: bool ``(R or 1, 1, n, cached + n)``, or None if everything is seen."""
     stop = int(slots[-1]) + 1
+    if visible is None and layout.rank[slots[0]] == layout.rank[slots[-1]]:
+        # ranks never fall along the sequence, so slots of one rank see all that stands before them, and each other
+        return None
     mask = layout.mask(slots, torch.arange(stop))
     if visible is None:
-        return None if mask.all() else mask.to("cpu")[None, None]
+        return mask[None, None]
     device = visible.device
     own = slots.unsqueeze(1) == torch.arange(stop)
     return (mask.to(device) & visible[:, None, None, :stop]) | own.to(device)
