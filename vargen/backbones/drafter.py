@@ -159,7 +159,7 @@ class EagleDrafter(VargenModel):
             noise: addresses what is added to the input states, uniform of width ``512 state_noise / (number of slots)``.
         """
         layout, count = target.layout, states.shape[1]
-        noise = noise or Noise(torch.seed(), len(states), states.device)
+        noise = noise or Noise.fresh(len(states), states.device)
         added = (noise.uniform("states", tuple(states.shape[1:])) - 0.5) * (state_noise * 512 / layout.num_slots)
         cells = layout.cell[1:count]
         ids = torch.where(cells >= 0, tokens.cpu()[:, cells.clamp(min=0)], 0).to(states.device)

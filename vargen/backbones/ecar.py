@@ -166,7 +166,7 @@ class ECAR(Generator):
         """Squared velocity errors of all stages, summed, each the mean over its positions; start maps come from the data."""
         self.space.check(tokens)
         batch = self.check_condition(condition, len(tokens))
-        noise = noise or Noise(torch.seed(), batch, tokens.device)
+        noise = noise or Noise.fresh(batch, tokens.device)
         maps = pyramid(tokens, self.num_stages)
         starts, ends = zip(
             *(
@@ -208,7 +208,7 @@ class ECAR(Generator):
         guidance, temperature = guidance or Guidance(), (sampling or Sampling()).temperature
         if guidance.rows > 2:
             raise VargenError("ECAR has a condition and a null condition: guidance with a partial condition is not possible")
-        noise = (noise or Noise(torch.seed(), batch)).to(self.device)
+        noise = (noise or Noise.fresh(batch)).to(self.device)
         steps = self._steps(options.get("sampling_steps", self.config.sampling_steps))
         with evaluating(self):
             rows = guidance.rows

@@ -217,7 +217,7 @@ class HiMAR(Generator):
         """
         self.space.check(tokens)
         batch = self.check_condition(condition, len(tokens))
-        noise = noise or Noise(torch.seed(), batch, tokens.device)
+        noise = noise or Noise.fresh(batch, tokens.device)
         small, dense = tokens.split([self.num_pivots, self.num_dense], dim=1)
         pivot_loss, z, pivot_mask = self._pivot_loss(small, dense, condition, noise)
         warmup = self.config.pivot_warmup
@@ -293,7 +293,7 @@ class HiMAR(Generator):
             pivot_guidance = Guidance(float(pivot_guidance), schedule=guidance.schedule)
         if max(guidance.rows, pivot_guidance.rows) > 2:
             raise VargenError("HiMAR has a condition and a null condition: guidance with a partial condition is not possible")
-        noise = (noise or Noise(torch.seed(), batch)).to(self.device)
+        noise = (noise or Noise.fresh(batch)).to(self.device)
         known, given = given_tokens(self.space, batch, options.get("known"), options.get("tokens"))
         tokens = torch.zeros(batch, *self.space.token_shape, device=self.device)
         known_pivots = None

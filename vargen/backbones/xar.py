@@ -228,7 +228,7 @@ class XAR(Generator):
         """Noisy Context Learning: each entity has its own time (logit-normal) and noise, and sees earlier ones as noisy as fed."""
         self.space.check(tokens)
         batch = self.check_condition(condition, len(tokens))
-        noise = noise or Noise(torch.seed(), batch, tokens.device)
+        noise = noise or Noise.fresh(batch, tokens.device)
         data = tokens.reshape(batch, self.order.num_cells, -1)
         draws = noise.normal("noise", data.shape[1:])
         t = draw_times(noise, "time", "logit-normal", (self.num_entities,))
@@ -266,7 +266,7 @@ class XAR(Generator):
         if sampler not in SAMPLERS:
             raise ConfigError(f"xAR sampler '{sampler}'{nearest(str(sampler), SAMPLERS)}")
         times = stochastic_times(steps) if sampler == "sde" else uniform_times(steps)
-        noise = (noise or Noise(torch.seed(), batch)).to(self.device)
+        noise = (noise or Noise.fresh(batch)).to(self.device)
         sequence = torch.zeros(batch, self.order.num_cells, self.config.channels, device=self.device)
         with evaluating(self):
             draw = _EntityVelocity(self, condition, batch, guidance)
