@@ -48,7 +48,7 @@ def test_keys_must_fit(name, tmp_path):
         adapter.load(save({**state, "extra": torch.zeros(1)}, tmp_path), **options)
     with pytest.raises(CheckpointError, match=r"missing keys: .*input\.bias"):
         adapter.load(save({k: v for k, v in state.items() if k != "z_proj.bias"}, tmp_path), **options)
-    with pytest.raises(CheckpointError, match="it is not one of this system"):
+    with pytest.raises(CheckpointError, match="is missing: this is not a checkpoint of this system"):
         adapter.load(save({"weight": torch.zeros(2, 2)}, tmp_path), **options)
     with pytest.raises(ConfigError, match="has no 'encoder_head'"):
         adapter.load(save(state, tmp_path), encoder_head=3, **options)

@@ -13,7 +13,7 @@ from vargen.backbones.himar import HiMAR
 from vargen.checkpoint import State, load_strictly, read_file, rename, unwrap
 from vargen.config import check_keys
 from vargen.errors import CheckpointError
-from vargen.official.shared import TIMM_BLOCK, count, shape_of, square, token_mlp, token_mlp_sizes, under
+from vargen.official.shared import TIMM_BLOCK, depth_of, shape_of, square, token_mlp, token_mlp_sizes, under
 
 # width of the trunk -> its attention heads, width of the dense head -> its
 HEADS = {768: 12, 1024: 16, 1280: 16}
@@ -60,7 +60,7 @@ def convert(state: Mapping[str, Tensor]) -> State:
         ours[name] = torch.cat(trunk.pop(theirs).chunk(2, dim=1))
     for stack in ("encoder", "decoder"):
         for theirs, name in (("adaLN_scale", "gains"), ("adaLN_shift", "offsets")):
-            keys = [f"{stack}_blocks.{i}.{theirs}" for i in range(count(trunk, f"{stack}_blocks"))]
+            keys = [f"{stack}_blocks.{i}.{theirs}" for i in range(depth_of(trunk, rf"{stack}_blocks\.(\d+)\."))]
             for key in keys:
                 shape_of(trunk, key, 4)
             ours[f"{stack}.{name}"] = torch.stack([trunk.pop(key).flatten(1) for key in keys])
@@ -94,15 +94,15 @@ def read_config(state: Mapping[str, Tensor]) -> dict[str, Any]:
         "pivots": square(pivots),
         "channels": channels,
         "dim": dim,
-        "encoder_depth": count(state, "encoder_blocks"),
-        "decoder_depth": count(state, "decoder_blocks"),
+        "encoder_depth": depth_of(state, r"encoder_blocks\.(\d+)\."),
+        "decoder_depth": depth_of(state, r"decoder_blocks\.(\d+)\."),
         "mlp_ratio": shape_of(state, "encoder_blocks.0.mlp.fc1.weight", 2)[0] / dim,
         "buffer_size": shape_of(state, "encoder_pos_embed_learned", 3)[1] // 2 - cells,
         "num_classes": shape_of(state, "class_emb.weight", 2)[0],
         "head_width": width,
         "head_depth": depth,
         "dense_head_width": dense_width,
-        "dense_head_depth": count(state, f"{_DENSE_HEAD}blocks"),
+        "dense_head_depth": depth_of(state, rf"{_DENSE_HEAD}blocks\.(\d+)\."),
         "dense_head_ratio": shape_of(state, f"{_DENSE_HEAD}blocks.0.mlp.fc1.weight", 2)[0] / dense_width,
     }
     if dim in HEADS:

@@ -16,7 +16,8 @@ from vargen.backbones.llamagen import PRESETS, LlamaGen
 from vargen.checkpoint import load_strictly, read_file, rename, unwrap
 from vargen.errors import CheckpointError
 from vargen.official.fuse import fuse
-from vargen.official.llama import RULES, depth_of, heads_of, shape_of
+from vargen.official.llama import BLOCKS, RULES, heads_of
+from vargen.official.shared import depth_of, shape_of
 
 WEIGHTS = ("model.safetensors", "pytorch_model.safetensors", "pytorch_model.bin")
 
@@ -81,7 +82,7 @@ def _drafter(state: Mapping[str, Tensor], config: Mapping[str, Any], path: Any, 
     sizes = {
         "codebook_size": codebook_size,
         "dim": dim,
-        "depth": depth_of(state),
+        "depth": depth_of(state, BLOCKS),
         "mlp_hidden": shape_of(state, "layers.0.mlp.up_proj.weight")[0],
         "norm_eps": config.get("rms_norm_eps", 1e-6),
         **_told(config, options, path, dim, None),
@@ -98,12 +99,12 @@ def _base(state: Mapping[str, Tensor], config: Mapping[str, Any], path: Any, opt
     sizes = {
         "codebook_size": codebook_size,
         "dim": dim,
-        "depth": depth_of(state),
+        "depth": depth_of(state, BLOCKS),
         "mlp_hidden": shape_of(state, "layers.0.mlp.up_proj.weight")[0],
         "text_dim": text_dim,
         "text_length": length,
         "norm_eps": config.get("rms_norm_eps", 1e-5),
-        **_told(config, options, path, dim, depth_of(state)),
+        **_told(config, options, path, dim, depth_of(state, BLOCKS)),
     }
     model = LlamaGen(**{**sizes, **options})
     load_strictly(model, rename(fuse(state, QKV, "attn.qkv"), (*RULES, *LLAMA_RULES)), (), str(path))

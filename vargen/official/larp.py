@@ -7,7 +7,8 @@ from typing import Any
 
 from vargen.backbones.larp import PRESETS, LARPGenerator
 from vargen.checkpoint import load_strictly, read_file, rename, unwrap
-from vargen.official.llama import IGNORE, RULES, depth_of, heads_of, shape_of
+from vargen.official.llama import BLOCKS, IGNORE, RULES, heads_of
+from vargen.official.shared import depth_of, shape_of
 
 HEAD_RULES = ((r"norm\.weight", "output_heads.0.norm.weight"), (r"output\.weight", "output_heads.0.linear.weight"))
 
@@ -24,7 +25,7 @@ def load(path: str | os.PathLike[str], heads: int | None = None, **options: Any)
     """
     state = unwrap(read_file(path), ("model.sd", "model", "state_dict"))
     codebook_size, dim = shape_of(state, "output.weight")
-    depth = depth_of(state)
+    depth = depth_of(state, BLOCKS)
     rows = shape_of(state, "abs_pe")[1]
     by_class = "cls_embedding.embedding_table.weight" in state
     config: dict[str, Any] = {

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from torch import Tensor
-
 from vargen.errors import CheckpointError
+from vargen.official.shared import square
 
 WRAPPERS = ("model", "module", "state_dict")
 
@@ -32,19 +30,8 @@ RULES: tuple[tuple[str, str], ...] = (
 IGNORE = (r"freqs_cis",)
 
 
-def depth_of(state: Mapping[str, Tensor], pattern: str = r"layers\.(\d+)\..*") -> int:
-    """Number of blocks: one more than the largest number that ``pattern`` captures."""
-    numbers = [int(m.group(1)) for m in (re.fullmatch(pattern, key) for key in state) if m]
-    if not numbers:
-        raise CheckpointError(f"no keys like '{pattern}': this is not a checkpoint of this system")
-    return max(numbers) + 1
-
-
-def shape_of(state: Mapping[str, Tensor], key: str) -> tuple[int, ...]:
-    """Shape of a tensor that every such checkpoint has; raises CheckpointError without it."""
-    if key not in state:
-        raise CheckpointError(f"key '{key}' is missing: this is not a checkpoint of this system")
-    return tuple(state[key].shape)
+# captures the number of a block, see depth_of
+BLOCKS = r"layers\.(\d+)\."
 
 
 def square_grid(path: str, stride: int = 16, block_size: int | None = None) -> tuple[int, int]:
@@ -58,10 +45,7 @@ def square_grid(path: str, stride: int = 16, block_size: int | None = None) -> t
         if not sizes:
             raise CheckpointError(f"'{path}': the file does not say the token grid; pass grid, for example grid=[16, 16] at 256 px")
         block_size = (sizes[-1] // stride) ** 2
-    side = math.isqrt(block_size)
-    if side * side != block_size:
-        raise CheckpointError(f"{block_size} tokens do not form a square grid; pass grid")
-    return side, side
+    return square(block_size)
 
 
 def heads_of(dim: int, depth: int, presets: Mapping[str, Mapping[str, object]], given: int | None) -> int:

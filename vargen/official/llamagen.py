@@ -10,7 +10,8 @@ from torch import Tensor
 
 from vargen.backbones.llamagen import PRESETS, LlamaGen
 from vargen.checkpoint import load_strictly, read_file, rename, unwrap
-from vargen.official.llama import IGNORE, RULES, WRAPPERS, as_grid, depth_of, heads_of, shape_of
+from vargen.official.llama import BLOCKS, IGNORE, RULES, WRAPPERS, as_grid, heads_of
+from vargen.official.shared import depth_of, shape_of
 
 HEAD_RULES = ((r"norm\.weight", "output_heads.0.norm.weight"), (r"output\.weight", "output_heads.0.linear.weight"))
 
@@ -36,7 +37,7 @@ def load(path: str | os.PathLike[str], grid: Sequence[int] | None = None, heads:
 def read_config(state: Mapping[str, Tensor], grid: Sequence[int], heads: int | None) -> dict[str, Any]:
     """Constructor arguments that the shapes of an official state dict tell."""
     codebook_size, dim = shape_of(state, "tok_embeddings.weight")
-    depth = depth_of(state)
+    depth = depth_of(state, BLOCKS)
     config: dict[str, Any] = {
         "grid": list(grid),
         "codebook_size": codebook_size,

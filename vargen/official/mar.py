@@ -13,7 +13,7 @@ from vargen.backbones.mar import MAR
 from vargen.checkpoint import State, load_strictly, read_file, rename, unwrap
 from vargen.config import check_keys
 from vargen.errors import CheckpointError
-from vargen.official.shared import TIMM_BLOCK, count, shape_of, square, token_mlp, token_mlp_sizes, under
+from vargen.official.shared import TIMM_BLOCK, depth_of, shape_of, square, token_mlp, token_mlp_sizes, under
 
 HEADS = {768: 12, 1024: 16, 1280: 16}
 _HEAD = "diffloss.net."
@@ -48,9 +48,9 @@ def read_config(state: Mapping[str, Tensor]) -> dict[str, Any]:
         "grid": square(cells),
         "channels": channels,
         "encoder_dim": encoder_dim,
-        "encoder_depth": count(state, "encoder_blocks"),
+        "encoder_depth": depth_of(state, r"encoder_blocks\.(\d+)\."),
         "decoder_dim": decoder_dim,
-        "decoder_depth": count(state, "decoder_blocks"),
+        "decoder_depth": depth_of(state, r"decoder_blocks\.(\d+)\."),
         "mlp_ratio": shape_of(state, "encoder_blocks.0.mlp.fc1.weight", 2)[0] / encoder_dim,
         "buffer_size": shape_of(state, "encoder_pos_embed_learned", 3)[1] - cells,
         "num_classes": shape_of(state, "class_emb.weight", 2)[0],

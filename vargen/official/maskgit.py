@@ -9,7 +9,7 @@ from vargen.backbones.maskgit import MaskGIT
 from vargen.checkpoint import load_strictly, read_file, rename, unwrap
 from vargen.errors import CheckpointError
 from vargen.official.fuse import fuse
-from vargen.official.llama import depth_of, shape_of
+from vargen.official.shared import depth_of, shape_of
 
 _LAYER = r"model\.encoder\.layer\.(\d+)\."
 BERT_RULES = (
@@ -68,7 +68,7 @@ def load(path: str | os.PathLike[str], heads: int = 16, **options: Any) -> MaskG
         "codebook_size": codebook_size,
         "trunk": "bert" if bert else "uvit",
         "dim": dim,
-        "depth": depth_of(state, r"model\.encoder\.layer\.(\d+)\..*") if bert else 2 * depth_of(state, r"in_blocks\.(\d+)\..*"),
+        "depth": depth_of(state, r"model\.encoder\.layer\.(\d+)\.") if bert else 2 * depth_of(state, r"in_blocks\.(\d+)\."),
         "heads": heads,
         "mlp_hidden": shape_of(state, first)[0],
         "num_classes": vocabulary - codebook_size - 2,

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from vargen.checkpoint import State, load_strictly, read_file, rename, unwrap
-from vargen.official.llama import depth_of, shape_of
+from vargen.official.shared import depth_of, shape_of
 from vargen.tokenizers.mingtok import PRESETS, MingTok
 
 WRAPPERS = ("model", "module", "state_dict")
@@ -83,12 +83,12 @@ def read_config(state: Mapping[str, Tensor]) -> dict[str, Any]:
         "patch_size": patch,
         "latent_channels": latent_channels,
         "encoder_dim": encoder_dim,
-        "encoder_depth": depth_of(state, r"low_level_encoder\.blocks\.\d+\.(\d+)\..*"),
+        "encoder_depth": depth_of(state, r"low_level_encoder\.blocks\.\d+\.(\d+)\."),
         "semantic_dim": semantic_dim,
-        "semantic_depth": depth_of(state, r"semantic_decoder\.blocks\.\d+\.(\d+)\..*"),
+        "semantic_depth": depth_of(state, r"semantic_decoder\.blocks\.\d+\.(\d+)\."),
         "pixel_patch_size": math.isqrt(pixels // 3),
         "pixel_dim": pixel_dim,
-        "pixel_depth": depth_of(state, r"pixel_decoder\.blocks\.\d+\.(\d+)\..*"),
+        "pixel_depth": depth_of(state, r"pixel_decoder\.blocks\.\d+\.(\d+)\."),
         "latent_mean": released["latent_mean"],
         "latent_std": released["latent_std"],
     }

@@ -11,7 +11,8 @@ from torch import Tensor
 from vargen.backbones.nar import NAR, PRESETS
 from vargen.checkpoint import load_strictly, read_file, rename, unwrap
 from vargen.errors import CheckpointError
-from vargen.official.llama import IGNORE, RULES, WRAPPERS, as_grid, depth_of, heads_of, shape_of
+from vargen.official.llama import BLOCKS, IGNORE, RULES, WRAPPERS, as_grid, heads_of
+from vargen.official.shared import depth_of, shape_of
 
 IMAGE_RULES = (
     (r"norm\.weight", "output_heads.0.norm.weight"),
@@ -55,7 +56,7 @@ def load(path: str | os.PathLike[str], grid: Sequence[int] | None = None, heads:
 def read_config(state: Mapping[str, Tensor], grid: Sequence[int], heads: int | None) -> dict[str, Any]:
     """Constructor arguments that the shapes of an official state dict tell."""
     codebook_size, dim = shape_of(state, "tok_embeddings.weight")
-    depth = depth_of(state) - (len(grid) - 1)
+    depth = depth_of(state, BLOCKS) - (len(grid) - 1)
     config: dict[str, Any] = {
         "grid": list(grid),
         "codebook_size": codebook_size,

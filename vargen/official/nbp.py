@@ -10,7 +10,7 @@ from vargen.backbones.nbp import NBP
 from vargen.checkpoint import load_strictly, read_file, rename, unwrap
 from vargen.errors import CheckpointError
 from vargen.official.fuse import fuse
-from vargen.official.llama import depth_of, shape_of
+from vargen.official.shared import depth_of, shape_of
 
 RULES = (
     (r"tok_emb\.weight", "tokens.weight"),
@@ -62,7 +62,7 @@ def load(
         "codebook_size": codebook_size,
         "block_size": block_size,
         "dim": dim,
-        "depth": depth_of(state, r"blocks\.(\d+)\..*"),
+        "depth": depth_of(state, r"blocks\.(\d+)\."),
         "heads": heads or _HEADS[dim],
         "condition_vocabulary": special - block_size if special else None,
         "condition_length": condition_length,

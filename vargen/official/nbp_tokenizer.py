@@ -7,7 +7,7 @@ from typing import Any
 
 from vargen.checkpoint import load_strictly, read_file, rename, unwrap
 from vargen.errors import CheckpointError
-from vargen.official.llama import shape_of
+from vargen.official.shared import shape_of
 from vargen.tokenizers.nbp import NBPTokenizer
 
 RULES = (

@@ -61,19 +61,22 @@ def token_mlp_sizes(state: Mapping[str, Tensor]) -> tuple[int, int]:
     return shape_of(state, "input_proj.weight", 2)[0], depth
 
 
-def shape_of(state: Mapping[str, Tensor], key: str, axes: int) -> tuple[int, ...]:
-    """Shape of an entry that must be there."""
+def shape_of(state: Mapping[str, Tensor], key: str, axes: int | None = None) -> tuple[int, ...]:
+    """Shape of an entry that every checkpoint of the system has, with so many axes where the caller counts on them."""
     if key not in state:
-        raise CheckpointError(f"the checkpoint has no '{key}': it is not one of this system")
+        raise CheckpointError(f"key '{key}' is missing: this is not a checkpoint of this system")
     shape = tuple(state[key].shape)
-    if len(shape) != axes:
+    if axes is not None and len(shape) != axes:
         raise CheckpointError(f"'{key}' has shape {shape}: expected {axes} axes")
     return shape
 
 
-def count(state: Mapping[str, Tensor], prefix: str) -> int:
-    """Number of numbered parts ``prefix.0.``, ``prefix.1.``, ..."""
-    return len({m[1] for m in (re.match(re.escape(prefix) + r"\.(\d+)\.", k) for k in state) if m})
+def depth_of(state: Mapping[str, Tensor], pattern: str) -> int:
+    """Number of parts: one more than the largest number that ``pattern`` captures at the start of a key."""
+    numbers = [int(m[1]) for m in (re.match(pattern, key) for key in state) if m]
+    if not numbers:
+        raise CheckpointError(f"no keys like '{pattern}': this is not a checkpoint of this system")
+    return max(numbers) + 1
 
 
 def square(cells: int) -> tuple[int, int]:
@@ -99,7 +102,7 @@ def ldm_autoencoder(state: Mapping[str, Tensor]) -> State:
 
     There, both networks number levels from full resolution; our decoder's stand in the order of the computation.
     """
-    last = count(state, "decoder.up") - 1
+    last = depth_of(state, r"decoder\.up\.(\d+)\.") - 1
     ours: State = {}
     for key, value in rename(state, _LDM_RULES).items():
         level = re.match(r"decoder\.levels\.(\d+)\.", key)
@@ -113,8 +116,8 @@ def ldm_sizes(state: Mapping[str, Tensor]) -> dict[str, list[int]]:
     """Widths, blocks per level and levels with attention of both networks of an :func:`ldm_autoencoder` state as published."""
     sizes: dict[str, list[int]] = {}
     for network, levels in (("encoder", "encoder.down"), ("decoder", "decoder.up")):
-        depth = range(count(state, levels))
+        depth = range(depth_of(state, rf"{levels}\.(\d+)\."))
         sizes[f"{network}_widths"] = [shape_of(state, f"{levels}.{i}.block.0.conv2.weight", 4)[0] for i in depth]
-        sizes[f"{network}_blocks"] = [count(state, f"{levels}.{i}.block") for i in depth]
+        sizes[f"{network}_blocks"] = [depth_of(state, rf"{levels}\.{i}\.block\.(\d+)\.") for i in depth]
         sizes[f"{network}_attention"] = [i for i in depth if f"{levels}.{i}.attn.0.q.weight" in state]
     return sizes

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from vargen.checkpoint import State, load_strictly, read_file, rename, unwrap
-from vargen.official.llama import depth_of, shape_of
+from vargen.official.shared import depth_of, shape_of
 from vargen.official.titok_vqgan import convert_decoder, decoder_config
 from vargen.tokenizers.titok import PRESETS, TiTok
 
@@ -88,10 +88,10 @@ def read_config(state: Mapping[str, Tensor]) -> dict[str, Any]:
         "num_tokens": num_tokens,
         "channels": channels,
         "encoder_dim": encoder_dim,
-        "encoder_depth": depth_of(state, r"encoder\.transformer\.(\d+)\..*"),
+        "encoder_depth": depth_of(state, r"encoder\.transformer\.(\d+)\."),
         "encoder_heads": _heads("encoder", encoder_dim),
         "decoder_dim": decoder_dim,
-        "decoder_depth": depth_of(state, r"decoder\.transformer\.(\d+)\..*"),
+        "decoder_depth": depth_of(state, r"decoder\.transformer\.(\d+)\."),
         "decoder_heads": _heads("decoder", decoder_dim),
         "codebook_size": None,
     }

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from vargen.checkpoint import State, load_strictly, read_file, rename, unwrap
-from vargen.official.llama import depth_of, shape_of
+from vargen.official.shared import depth_of, shape_of
 from vargen.tokenizers.titok_vqgan import MaskGITVQGAN
 
 WRAPPERS = ("model", "state_dict")
@@ -43,7 +43,7 @@ def convert(state: Mapping[str, Tensor]) -> State:
 
 def convert_decoder(state: Mapping[str, Tensor], name: str) -> State:
     """Our keys of the decoder called ``name``; its levels are stored full resolution first and run deepest first."""
-    deepest = depth_of(state, rf"{name}\.up\.(\d+)\..*") - 1
+    deepest = depth_of(state, rf"{name}\.up\.(\d+)\.") - 1
     rules = [
         rule
         for i in range(deepest + 1)
@@ -57,8 +57,8 @@ def convert_decoder(state: Mapping[str, Tensor], name: str) -> State:
 
 def decoder_config(state: Mapping[str, Tensor], name: str) -> dict[str, Any]:
     """``widths`` and ``num_blocks`` of the decoder called ``name``."""
-    levels = depth_of(state, rf"{name}\.up\.(\d+)\..*")
+    levels = depth_of(state, rf"{name}\.up\.(\d+)\.")
     return {
         "widths": [shape_of(state, f"{name}.up.{i}.block.0.conv2.weight")[0] for i in range(levels)],
-        "num_blocks": depth_of(state, rf"{name}\.up\.0\.block\.(\d+)\..*"),
+        "num_blocks": depth_of(state, rf"{name}\.up\.0\.block\.(\d+)\."),
     }

@@ -14,7 +14,7 @@ from vargen.backbones.xar import XAR
 from vargen.checkpoint import State, load_strictly, read_file, rename, unwrap
 from vargen.config import check_keys
 from vargen.errors import CheckpointError
-from vargen.official.shared import count, shape_of, square
+from vargen.official.shared import depth_of, shape_of, square
 
 # there: gate of attention, of the MLP, scales, shifts; here: shift, scale, gate of attention, then of the MLP
 _CHUNKS = (4, 2, 0, 5, 3, 1)
@@ -82,8 +82,8 @@ def read_config(state: Mapping[str, Tensor]) -> dict[str, Any]:
         "entity_size": square(int((state["mask"][0, 0, 0] == 0).sum())),
         "dim": dim,
         "heads": dim // head_dim,
-        "encoder_depth": count(state, "encoder_blocks"),
-        "decoder_depth": count(state, "decoder_blocks"),
+        "encoder_depth": depth_of(state, r"encoder_blocks\.(\d+)\."),
+        "decoder_depth": depth_of(state, r"decoder_blocks\.(\d+)\."),
         "mlp_hidden": shape_of(state, "encoder_blocks.0.mlp.fc2.weight", 2)[1],
         "num_classes": shape_of(state, "class_emb.weight", 2)[0] - 1,
     }
