@@ -17,6 +17,7 @@ PUBLIC: dict[str, str] = {
     "ECAR": "vargen.backbones.ecar",
     "EagleDrafter": "vargen.backbones.drafter",
     "FlexTok": "vargen.tokenizers.flextok",
+    "FrameTokenizer": "vargen.tokenizers.frames",
     "FeatureNet": "vargen.metrics.features",
     "Guidance": "vargen.guidance",
     "HiMAR": "vargen.backbones.himar",
@@ -139,6 +140,12 @@ SYSTEMS: dict[str, System] = {
             "Next Block Prediction: Video Generation via Semi-Autoregressive Modeling, arXiv 2502.07737",
             "vargen.official.nbp",
             ("ShuhuaiRen/NBP-ucf-{base,3b}, NBP-k600-{base,3b}",),
+        ),
+        System(
+            "frames",
+            "tokenizer",
+            "FrameTokenizer",
+            "Any tokenizer of images, frame by frame",
         ),
         System(
             "flextok-ar",
