@@ -34,6 +34,7 @@ class FrameTokenizer(VisualTokenizer):
     """
 
     video = True
+    causal_stride = 1
 
     @register_to_config
     def __init__(self, base: Mapping[str, Any], frames: int = 8) -> None:
@@ -90,8 +91,9 @@ class FrameTokenizer(VisualTokenizer):
         tokens = output.tokens.unflatten(0, _sizes(pixels))
         return TokenizerOutput(tokens, reconstruction, output.losses, output.features)
 
-    def calibrate(self, batches: Iterable[Tensor]) -> None:
-        self.base.calibrate(fold(batch) for batch in batches)
+    def calibrate(self, tokens: Iterable[Tensor]) -> None:
+        self.base.calibrate(batch.flatten(0, 1) for batch in tokens)
+        self.register_to_config(base={"class": self.config.base["class"], **self.base.config_dict()})
 
 
 def fold(pixels: Tensor) -> Tensor:
@@ -107,4 +109,5 @@ def _noise_of_frames(noise: Noise | None, frames: int) -> Noise | None:
     """Noise with a key per frame, addressed by the frame's number."""
     if noise is None:
         return None
-    return Noise.from_keys(torch.stack([noise.at(t).keys for t in range(frames)], dim=1).flatten())
+    clip = torch.arange(noise.batch_size).repeat_interleave(frames)
+    return noise.select(clip.to(noise.device)).at(torch.arange(frames, device=noise.device).repeat(noise.batch_size))

@@ -97,6 +97,7 @@ class NBPTokenizer(VisualTokenizer):
     """
 
     video = True
+    causal_stride = 4
 
     @register_to_config
     def __init__(

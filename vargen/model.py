@@ -124,6 +124,8 @@ class VisualTokenizer(VargenModel):
         text_shape: most tokens that a caption may have, and the width of their features; None if any will do.
         text_encoder: reads captions for this tokenizer, where it embeds words by itself; None for any text encoder.
         video: pixels have a time axis.
+        causal_stride: k of video tokenizers that are causal in time: the first 1 + k m frames have tokens of their own, which do not
+            depend on later frames; 0 where tokens depend on the whole clip.
         scheduled: ``forward`` takes ``progress=``, the share in [0, 1] of the training that is done.
         paints: ``decode`` makes pixels; False where tokens stand for meaning and no decoder of them is at hand.
     """
@@ -132,6 +134,7 @@ class VisualTokenizer(VargenModel):
     text_shape: tuple[int, int] | None = None
     text_encoder: Any = None
     video: ClassVar[bool] = False
+    causal_stride: ClassVar[int] = 0
     scheduled: ClassVar[bool] = False
 
     @property
@@ -160,8 +163,46 @@ class VisualTokenizer(VargenModel):
     def forward(self, pixels: Tensor, text: TextFeatures | None = None, noise: Noise | None = None) -> TokenizerOutput:
         """The training pass."""
 
-    def calibrate(self, batches: Iterable[Tensor]) -> None:
-        """Fits the scale of tokens to batches of pixels once training is over; nothing unless the tokenizer has one to fit."""
+    @property
+    def moments_shape(self) -> tuple[int, ...] | None:
+        """Shape of one sample's :meth:`moments`; None for tokenizers whose tokens are not drawn from a Gaussian posterior."""
+        return None
+
+    def moments(self, pixels: Tensor, text: TextFeatures | None = None) -> Tensor:
+        """Mean and log-variance ``(B, *moments_shape)`` of the posterior of the latents, not clamped: what latent caches hold.
+
+        Raises:
+            VargenError: a tokenizer without a posterior.
+        """
+        raise VargenError(f"{type(self).__name__} draws its tokens from no posterior, so that there are no moments of it")
+
+    def tokens_of(self, moments: Tensor, noise: Noise | None = None) -> Tensor:
+        """Tokens ``(B, *token_shape)`` of a sample of the posterior with these moments: the second half of :meth:`encode`."""
+        raise VargenError(f"{type(self).__name__} draws its tokens from no posterior, so that there are no moments of it")
+
+    @torch.no_grad()
+    def calibrate(self, tokens: Iterable[Tensor]) -> None:
+        """Sets the scale of continuous tokens, such that batches of them made at the scale of before have mean 0 and deviation 1.
+
+        Done once training is over, as backbones expect tokens of that scale. Nothing for ids, which have none.
+
+        Raises:
+            VargenError: no tokens, or all equal ones.
+        """
+        space = self.space
+        prefix = next((prefix for prefix in ("", "latent_") if f"{prefix}mean" in self.config), None)
+        if space.discrete or prefix is None:
+            return
+        count, total, square = 0, 0.0, 0.0
+        for batch in tokens:
+            latents = space.denormalize(batch.double())
+            count, total = count + latents.numel(), total + float(latents.sum())
+            square += float(latents.square().sum())
+        mean = total / count if count else 0.0
+        variance = square / count - mean**2 if count else 0.0
+        if variance <= 0:
+            raise VargenError("calibration needs tokens that differ: give it those of training images")
+        self.register_to_config(**{f"{prefix}mean": mean, f"{prefix}std": variance**0.5})
 
     @torch.no_grad()
     def scores(self, pixels: Tensor, text: TextFeatures | None = None, noise: Noise | None = None) -> dict[str, Tensor]:

@@ -76,8 +76,8 @@ class Noise:
     def to(self, device: torch.device | str) -> Noise:
         return Noise.from_keys(self.keys.to(device))
 
-    def at(self, *index: int) -> Noise:
-        """The noise of a sub-address, e.g. ``noise.at(step)`` for a training step."""
+    def at(self, *index: Index) -> Noise:
+        """The noise of a sub-address, e.g. ``noise.at(step)`` for a training step; a tensor gives each sample its own."""
         return Noise.from_keys(self._fold(self.keys, index))
 
     def select(self, rows: slice | Tensor) -> Noise:
@@ -126,6 +126,28 @@ class Noise:
     def categorical(self, name: str, probs: Tensor, at: Sequence[Index] = ()) -> Tensor:
         """One index per distribution of ``probs`` ``(B, ..., V)`` (unnormalised), shape ``(B, ...)``."""
         return inverse_cdf(probs, self.uniform(name, probs.shape[1:-1], at, torch.float64))
+
+
+class ModalNoise(Noise):
+    """Draws nothing: normals are zero and categoricals the most probable index, so that a tokenizer that draws gives its mode."""
+
+    def __init__(self, batch_size: int, device: torch.device | str = "cpu") -> None:
+        super().__init__(0, batch_size, device)
+
+    def normal(self, name: str, shape: Sequence[int] = (), at: Sequence[Index] = (), dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.zeros_like(super().uniform(name, shape, at, dtype))
+
+    def categorical(self, name: str, probs: Tensor, at: Sequence[Index] = ()) -> Tensor:
+        return probs.argmax(-1)
+
+    def to(self, device: torch.device | str) -> Noise:
+        return ModalNoise(self.batch_size, device)
+
+    def at(self, *index: Index) -> Noise:
+        return self
+
+    def select(self, rows: slice | Tensor) -> Noise:
+        return ModalNoise(len(self.keys[rows]), self.device)
 
 
 def as_noise(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from diffusers.utils import BaseOutput
 from torch import Tensor
 
 from vargen.checkpoint import check_model_directory
+from vargen.clips import Clips, continuation
 from vargen.condition import Condition
 from vargen.errors import CheckpointError, SpaceError, VargenError, nearest
 from vargen.guidance import Guidance, Schedule
@@ -101,6 +102,7 @@ class VisualARPipeline(DiffusionPipeline):
         prompt: str | Sequence[str] | None = None,
         class_labels: int | str | Sequence[int | str] | Tensor | None = None,
         *,
+        video: Clips | None = None,
         batch_size: int | None = None,
         guidance_scale: float | None = None,
         guidance_schedule: str | Schedule | None = None,
@@ -118,6 +120,8 @@ class VisualARPipeline(DiffusionPipeline):
 
         Args:
             prompt: text or texts; class_labels: labels or class names; batch_size: for unconditional models.
+            video: first frames of clips to be continued, in any form that :func:`vargen.clips.as_clips` takes. The clips that come
+                back begin with these frames as the tokenizer reconstructs them.
             guidance_scale, guidance_schedule, temperature, top_k, top_p: see :class:`Guidance` and :class:`Sampling`; where None,
                 the pipeline's ``defaults``, then plain sampling without guidance.
             generator: a seed, a ``torch.Generator``, one for each sample, or a :class:`Noise`.
@@ -132,7 +136,7 @@ class VisualARPipeline(DiffusionPipeline):
         """
         if output_type not in ("pil", "np", "pt"):
             raise VargenError(f"output_type '{output_type}': expected 'pil', 'np' or 'pt'")
-        condition, size = self.condition(prompt, class_labels, batch_size)
+        condition, size = self.condition(prompt, class_labels, batch_size, video)
         noise = as_noise(generator, size, self.model.device)
         given = {
             "guidance_scale": guidance_scale,
@@ -168,6 +172,7 @@ class VisualARPipeline(DiffusionPipeline):
         prompt: str | Sequence[str] | None = None,
         class_labels: int | str | Sequence[int | str] | Tensor | None = None,
         batch_size: int | None = None,
+        video: Clips | None = None,
     ) -> tuple[Condition, int]:
         """The condition on the model's device, and the number of samples."""
         if prompt is not None and class_labels is not None and "class" not in self.model.conditioning:
@@ -187,10 +192,19 @@ class VisualARPipeline(DiffusionPipeline):
         elif "class" in self.model.conditioning and text is None:
             raise VargenError("this model is conditioned on classes: pass class_labels")
         condition = Condition(class_labels=labels, text=text)
-        size = self.model.check_condition(
-            condition if "text" in self.model.conditioning else Condition(class_labels=labels), batch_size or condition.batch_size
-        )
+        if video is None and self.continues_only:
+            raise VargenError("this model continues given frames: pass video")
+        if video is not None:
+            given = continuation(self.model, self.visual_tokenizer, video)
+            condition = replace(condition, tokens=given.tokens, context=given.context)
+        taken = condition if "text" in self.model.conditioning else replace(condition, text=None)
+        size = self.model.check_condition(taken, batch_size or condition.batch_size)
         return condition, size
+
+    @property
+    def continues_only(self) -> bool:
+        """The model draws nothing without given frames (frame prediction)."""
+        return "context" in self.model.conditioning or tuple(self.model.conditioning) == ("tokens",)
 
     def labels(self, class_labels: int | str | Sequence[int | str] | Tensor) -> Tensor:
         """Class numbers of labels given as numbers or names; raises VargenError for an unknown name."""
