@@ -151,11 +151,14 @@ class FlexTok(VisualTokenizer):
         return (self.config.sample_size, self.config.sample_size)
 
     def check_pixels(self, pixels: Tensor, text: TextFeatures | None = None) -> Tensor:
-        super().check_pixels(pixels, text)
-        side, largest = self.stride * self.config.patch_size, self.config.sample_size
-        if any(n % side or not 0 < n <= largest for n in pixels.shape[2:]):
-            raise VargenError(f"FlexTok: pixels of {tuple(pixels.shape[2:])}, expected multiples of {side} up to {largest}")
+        self._check_size(super().check_pixels(pixels, text).shape[2:])
         return pixels
+
+    def _check_size(self, size: Sequence[int]) -> tuple[int, int]:
+        side, largest = self.stride * self.config.patch_size, self.config.sample_size
+        if len(size) != 2 or any(n % side or not 0 < n <= largest for n in size):
+            raise VargenError(f"FlexTok: pixels of {tuple(size)}, expected height and width in multiples of {side} up to {largest}")
+        return size[0], size[1]
 
     def posterior(self, pixels: Tensor) -> DiagonalGaussian | None:
         """The VAE's posterior of the unscaled latents; None without a VAE."""
@@ -207,6 +210,7 @@ class FlexTok(VisualTokenizer):
 
         Raises:
             SpaceError: no id or more than there are registers, ids outside the codebook, or ``keep`` outside 1..n.
+            VargenError: a size that was not encoded: beyond the largest, or no multiple of the patches.
         """
         tokens, keep = self._pad(tokens, keep)
         self.check_text(text, len(tokens))
@@ -238,7 +242,7 @@ class FlexTok(VisualTokenizer):
         size: Sequence[int] | None = None,
     ) -> Tensor:
         """Codes ``(B, num_registers, code_dim)`` to scaled latents; arguments as of :meth:`decode`."""
-        height, width = size or self.sample_shape
+        height, width = self._check_size(size or self.sample_shape)
         shape = (self.decoder.patches.proj.in_features // self.config.patch_size**2, height // self.stride, width // self.stride)
         start = noise.normal("latent", shape)
         batch = len(codes)

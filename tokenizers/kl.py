@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
 from diffusers.configuration_utils import register_to_config
 from einops import rearrange
 from torch import Tensor, nn
@@ -116,9 +115,14 @@ class KLTokenizer(VisualTokenizer):
     def last_layer(self) -> nn.Parameter:
         return self.decoder.conv_out.weight
 
-    def moments(self, pixels: Tensor) -> Tensor:
+    @property
+    def moments_shape(self) -> tuple[int, ...]:
+        channels, patch = self.config.latent_channels, self.config.patch
+        return (2 * channels, *(patch * n for n in self.space.shape))
+
+    def moments(self, pixels: Tensor, text: TextFeatures | None = None) -> Tensor:
         """Mean and log-variance ``(B, 2 * latent_channels, h, w)`` of the posterior, not clamped: what latent caches hold."""
-        return self.quant_conv(self.encoder(self.check_pixels(pixels)))
+        return self.quant_conv(self.encoder(self.check_pixels(pixels, text)))
 
     def tokens_of(self, moments: Tensor, noise: Noise | None = None) -> Tensor:
         """Tokens of a sample of the posterior, ``(B, h, w, C)``; ``noise`` draws it."""
@@ -130,8 +134,7 @@ class KLTokenizer(VisualTokenizer):
 
     def encode(self, pixels: Tensor, text: TextFeatures | None = None, noise: Noise | None = None) -> Tensor:
         """Tokens ``(B, H / stride, W / stride, C)`` of pixels ``(B, 3, H, W)``, sampled from the posterior."""
-        self.check_text(text, pixels.shape[0])
-        return self.tokens_of(self.moments(pixels), noise)
+        return self.tokens_of(self.moments(pixels, text), noise)
 
     def decode(self, tokens: Tensor, text: TextFeatures | None = None, noise: Noise | None = None) -> Tensor:
         """Pixels of tokens ``(B, h, w, C)``, any h and w; draws nothing.
@@ -161,23 +164,6 @@ class KLTokenizer(VisualTokenizer):
         losses = {"kl": self.config.kl_weight * kl / pixels[0].numel()}
         return TokenizerOutput(tokens, self.reconstruct(latents.to(self.dtype)), losses, statistics)
 
-    @torch.no_grad()
-    def calibrate(self, batches: Iterable[Tensor]) -> None:
-        """Sets ``mean`` and ``std`` to those of the latents of ``batches`` of pixels, so that tokens are normalised.
-
-        Raises:
-            VargenError: no pixels, or latents that are all equal.
-        """
-        count, total, square = 0, 0.0, 0.0
-        for pixels in batches:
-            posterior = DiagonalGaussian.from_moments(self.moments(pixels).double(), dim=1)
-            count, total = count + posterior.mean.numel(), total + float(posterior.mean.sum())
-            square += float((posterior.mean.square() + posterior.logvar.exp()).sum())
-        variance = square / count - (total / count) ** 2 if count else 0.0
-        if variance <= 0:
-            raise VargenError("calibration needs pixels whose latents differ: give it batches of training images")
-        self.register_to_config(mean=total / count, std=variance**0.5)
-
     def _sample(self, posterior: DiagonalGaussian, noise: Noise | None) -> Tensor:
         shape = posterior.mean.shape
         return posterior.sample(as_noise(noise, shape[0], posterior.mean.device).normal("posterior", shape[1:]))
@@ -190,6 +176,6 @@ class KLTokenizer(VisualTokenizer):
     def check_pixels(self, pixels: Tensor, text: TextFeatures | None = None) -> Tensor:
         super().check_pixels(pixels, text)
         height, width = pixels.shape[-2:]
-        if height % self.stride or width % self.stride:
+        if not height * width or height % self.stride or width % self.stride:
             raise VargenError(f"pixels of {height}x{width}: expected both sides to be multiples of the {self.stride} of a token")
         return pixels

@@ -274,7 +274,7 @@ class MingTok(VisualTokenizer):
 
     def forward(self, pixels: Tensor, text: TextFeatures | None = None, noise: Noise | None = None) -> TokenizerOutput:
         """The training pass: in training mode masked patches are hidden from the encoder and left out of the pixel loss."""
-        self.check_text(text, len(pixels))
+        self.check_pixels(pixels, text)
         grid = patch_grid(pixels.shape[2:], self.encoder.patch_embed.patch)
         masking = self.training and self.config.mask_ratio > 0
         mask = self._draw_mask(grid, as_noise(noise, len(pixels), pixels.device)) if masking else None

@@ -133,6 +133,10 @@ class TexTok(VisualTokenizer):
 
     def posterior(self, pixels: Tensor, text: TextFeatures | None = None) -> Tensor | DiagonalGaussian:
         """Raw latents ``(B, num_tokens, channels)``, or their distribution if the bottleneck is variational."""
+        raw = self._bottleneck(pixels, text)
+        return DiagonalGaussian.from_moments(raw) if self.config.variational else raw
+
+    def _bottleneck(self, pixels: Tensor, text: TextFeatures | None) -> Tensor:
         self.check_pixels(pixels, text)
         if tuple(pixels.shape[2:]) != self.sample_shape:
             raise VargenError(
@@ -142,8 +146,17 @@ class TexTok(VisualTokenizer):
         patches = self.patch_embed(pixels) + self.patch_positions
         queries = self.latent_queries.expand(len(pixels), -1, -1)
         x = self._run(self.encoder, self.encoder_text, patches, queries, text)
-        moments = self.to_latents(x[:, patches.shape[1] : patches.shape[1] + queries.shape[1]])
-        return DiagonalGaussian.from_moments(moments) if self.config.variational else moments
+        return self.to_latents(x[:, patches.shape[1] : patches.shape[1] + queries.shape[1]])
+
+    @property
+    def moments_shape(self) -> tuple[int, ...] | None:
+        return (self.config.num_tokens, 2 * self.config.channels) if self.config.variational else None
+
+    def moments(self, pixels: Tensor, text: TextFeatures | None = None) -> Tensor:
+        return self._bottleneck(pixels, text) if self.config.variational else super().moments(pixels, text)
+
+    def tokens_of(self, moments: Tensor, noise: Noise | None = None) -> Tensor:
+        return self.space.normalize(self._latents(DiagonalGaussian.from_moments(moments), noise))
 
     def encode(self, pixels: Tensor, text: TextFeatures | None = None, noise: Noise | None = None) -> Tensor:
         return self.space.normalize(self._latents(self.posterior(pixels, text), noise))

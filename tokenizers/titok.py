@@ -340,9 +340,17 @@ class TiTok(VisualTokenizer):
 
     def encode(self, pixels: Tensor, text: TextFeatures | None = None, noise: Noise | None = None) -> Tensor:
         latents = self.latents(pixels, text)
-        if self.quantizer is not None:
-            return self.quantizer.nearest(latents)
-        return self.space.normalize(self._sample(DiagonalGaussian.from_moments(latents.float()), noise))
+        return self.quantizer.nearest(latents) if self.quantizer is not None else self.tokens_of(latents, noise)
+
+    @property
+    def moments_shape(self) -> tuple[int, ...] | None:
+        return None if self.quantizer is not None else (self.config.num_tokens, 2 * self.config.channels)
+
+    def moments(self, pixels: Tensor, text: TextFeatures | None = None) -> Tensor:
+        return self.latents(pixels, text) if self.quantizer is None else super().moments(pixels, text)
+
+    def tokens_of(self, moments: Tensor, noise: Noise | None = None) -> Tensor:
+        return self.space.normalize(self._sample(DiagonalGaussian.from_moments(moments.float()), noise))
 
     def decode(self, tokens: Tensor, text: TextFeatures | None = None, noise: Noise | None = None) -> Tensor:
         self.check_text(text, len(tokens))

@@ -113,7 +113,7 @@ class VQTokenizer(VisualTokenizer):
             dropout=dropout,
         )
         height, width = self.sample_shape
-        if height % self.stride or width % self.stride:
+        if not height * width or height % self.stride or width % self.stride:
             raise ConfigError(f"sample_size {sample_size}: expected a multiple of the stride {self.stride}")
 
     @property
@@ -169,6 +169,6 @@ class VQTokenizer(VisualTokenizer):
     def check_pixels(self, pixels: Tensor, text: TextFeatures | None = None) -> Tensor:
         super().check_pixels(pixels, text)
         height, width = pixels.shape[-2:]
-        if height % self.stride or width % self.stride:
+        if not height * width or height % self.stride or width % self.stride:
             raise VargenError(f"pixels of {height}x{width}: expected both sides to be multiples of the stride {self.stride}")
         return pixels

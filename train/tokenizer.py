@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -130,10 +131,17 @@ class TokenizerTask(Task):
         noise = Noise(0, len(pixels), self.device)
         return frames(self.tokenizer.decode(self.tokenizer.encode(pixels, text, noise), text, noise))
 
+    def _tokens(self, tokenizer: VisualTokenizer) -> Iterator[Tensor]:
+        """Batches of tokens of training samples."""
+        for batch in ordered_batches(self.dataset, 64, CALIBRATION_SAMPLES):
+            pixels = batch["pixels"].to(self.device)
+            yield tokenizer.encode(pixels, self._text(batch), Noise(0, len(pixels), self.device))
+
     def export(self, folder: Path, state: dict[str, Tensor], facts: Facts) -> None:
         weights = {k.removeprefix("tokenizer."): v for k, v in state.items()}
         finished = copy_with(self.tokenizer, "", weights).to(self.device)
-        finished.calibrate(batch["pixels"].to(self.device) for batch in ordered_batches(self.dataset, 64, CALIBRATION_SAMPLES))
+        if not finished.space.discrete:
+            finished.calibrate(self._tokens(finished))
         write_model(folder, finished, weights)
         if self.text_encoder is not None and self.text_encoder is not self.tokenizer.text_encoder:
             self.text_encoder.save_pretrained(folder / "text_encoder")

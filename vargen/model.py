@@ -222,6 +222,10 @@ class VisualTokenizer(VargenModel):
         if pixels.dim() != axes or pixels.shape[1] != 3:
             layout = "(B, 3, T, H, W)" if self.video else "(B, 3, H, W)"
             raise VargenError(f"{type(self).__name__}: pixels of shape {tuple(pixels.shape)}, expected {layout}")
+        if not pixels.is_floating_point():
+            raise VargenError(
+                f"{type(self).__name__}: pixels of dtype {pixels.dtype}, expected floats in [-1, 1]; for bytes x / 127.5 - 1"
+            )
         if not torch.isfinite(pixels).all():
             raise VargenError(f"{type(self).__name__}: pixels hold NaN or infinity, expected values in [-1, 1]")
         self.check_text(text, pixels.shape[0])

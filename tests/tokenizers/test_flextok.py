@@ -191,6 +191,9 @@ def test_errors(pixels):
     for size in ((16, 18), (32, 16), (0, 16)):
         with pytest.raises(VargenError, match="multiples of 4 up to 16"):
             model.encode(torch.zeros(1, 3, *size))
+    for size in ((16, 18), (32, 32), (16,)):
+        with pytest.raises(VargenError, match="multiples of 4 up to 16"):
+            model.decode(torch.zeros(1, 2, dtype=torch.long), size=size)
     with pytest.raises(ConfigError, match="at least 1"):
         model.decode(torch.zeros(1, 2, dtype=torch.long), num_inference_steps=0)
     with pytest.raises(VargenError, match="NaN"):
