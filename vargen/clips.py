@@ -30,7 +30,9 @@ def as_clips(video: Clips) -> Tensor:
     if isinstance(video, Tensor):
         clips = video if video.dim() == 5 else video[None]
         if clips.dim() != 5 or clips.shape[1] != 3 or not clips.is_floating_point():
-            raise VargenError(f"video {video.dtype} {tuple(video.shape)}: expected pixels (B, 3, T, H, W) or (3, T, H, W) in [-1, 1]")
+            raise VargenError(
+                f"video {video.dtype} {tuple(video.shape)}: expected pixels (B, 3, T, H, W) or (3, T, H, W) in [-1, 1]"
+            )
     elif isinstance(video, np.ndarray):
         if video.dtype != np.uint8 or video.ndim not in (4, 5) or video.shape[-1] != 3:
             raise VargenError(f"video {video.dtype} {video.shape}: expected uint8 frames (T, H, W, 3) or (B, T, H, W, 3)")
@@ -49,7 +51,9 @@ def _stacked(video: list[Any]) -> np.ndarray:
     """uint8 ``(B, T, H, W, 3)`` of lists of PIL frames."""
     clips = [list(clip) for clip in video] if video and not isinstance(video[0], Image.Image) else [video]
     if not all(isinstance(frame, Image.Image) for clip in clips for frame in clip) or not all(clips):
-        raise VargenError("video: expected pixels, uint8 frames, or a list of PIL images (or of such lists) with at least one frame")
+        raise VargenError(
+            "video: expected pixels, uint8 frames, or a list of PIL images (or of such lists) with at least one frame"
+        )
     sizes = {frame.size for clip in clips for frame in clip}
     lengths = {len(clip) for clip in clips}
     if len(sizes) > 1 or len(lengths) > 1:

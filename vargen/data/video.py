@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +30,13 @@ class VideoFolder(ImageFolder):
     Args:
         root, size, split, crop, flip, holdout, classes, seed: as in :class:`ImageFolder`.
         frames: frames per clip; a shorter video repeats its last frame.
-        stride: take every ``stride``-th frame.
+        stride: take every ``stride``-th frame; or
+        fps: take frames at this rate by their time in the file, whatever its own rate is, constant or not. Folders of frames have
+            no times and are taken frame by frame.
         start: where a clip starts, ``random`` (by epoch and index), or ``first``.
 
     Raises:
-        DataError: no such folder, no readable video, or sizes below one.
+        DataError: no such folder, no readable video, sizes below one, or both a stride and a rate.
     """
 
     extensions = EXTENSIONS
@@ -46,6 +48,7 @@ class VideoFolder(ImageFolder):
         size: int = 128,
         frames: int = 16,
         stride: int = 1,
+        fps: float | None = None,
         start: str = "random",
         split: str = "all",
         crop: str = "center",
@@ -58,7 +61,9 @@ class VideoFolder(ImageFolder):
             raise DataError(f"frames {frames}, stride {stride}: expected at least 1")
         if start not in ("random", "first"):
             raise DataError(f"start '{start}': expected random or first")
-        self.frames, self.stride, self.start = frames, stride, start
+        if fps is not None and (stride != 1 or not 0 < fps < math.inf):
+            raise DataError(f"fps {fps}, stride {stride}: expected a positive rate and no stride beside it")
+        self.frames, self.stride, self.fps, self.start = frames, stride, fps, start
         super().__init__(root, size, split, crop, flip, holdout, classes, seed)
         self.sample_shape = (frames, size, size)
 
@@ -73,33 +78,39 @@ class VideoFolder(ImageFolder):
 
     def _load(self, path: Path, index: int, epoch: int) -> list[Image.Image]:
         u = Noise(self.seed, [index]).uniform("folder/start", at=(epoch,)).item() if self.start == "random" else 0.0
-        return read_clip(path, self.frames, self.stride, u)
+        return read_clip(path, self.frames, self.stride, u, self.fps)
 
     def _pixels(self, media: Any, index: int, epoch: int) -> Tensor:
         return torch.stack([self._crop(frame, index, epoch) for frame in media], dim=1)
 
 
-def read_clip(path: str | os.PathLike[str], frames: int, stride: int = 1, start: float = 0.0) -> list[Image.Image]:
-    """``frames`` RGB frames, ``stride`` apart, of a video file or a folder of frames.
+def read_clip(
+    path: str | os.PathLike[str], frames: int, stride: int = 1, start: float = 0.0, fps: float | None = None, pad: bool = True
+) -> list[Image.Image]:
+    """``frames`` RGB frames, ``stride`` apart or at ``fps`` frames a second, of a video file or a folder of frames.
 
     Args:
-        start: in [0, 1), where the clip starts among the places that leave room for it. A video that is too short repeats its
-            last frame.
+        start: in [0, 1), where the clip starts among the places that leave room for it.
+        pad: a video that is too short repeats its last frame; without it is refused.
 
     Raises:
-        DataError: the file is no video, is truncated before the clip, or holds no frame.
+        DataError: the file is no video, is truncated before the end of the clip, or holds no frame, or too few.
     """
     path = Path(path)
     span = (frames - 1) * stride + 1
     if path.is_dir():
-        files = sorted((p for p in path.iterdir() if p.suffix.lower() in IMAGES - EXTENSIONS), key=_number)
+        files = _frame_files(path)
         first = math.floor(start * max(len(files) - span + 1, 1))
-        clip = [read_image(p) for p in files[first : first + span : stride]]
+        clip = [_read_frame(p) for p in files[first : first + span : stride]]
+    elif fps is not None:
+        clip = _decode(path, _at_rate(frame_times(path), frames, fps, start))
     else:
         first = math.floor(start * max(count_frames(path) - span + 1, 1)) if start else 0
-        clip = [Image.fromarray(f) for f in _decode(path, first, first + span, stride)]
+        clip = _decode(path, range(first, first + span, stride))
     if not clip:
         raise DataError("holds no frames")
+    if len(clip) < frames and not pad:
+        raise DataError(f"holds {len(clip)} frames: expected at least {frames}")
     return clip + [clip[-1]] * (frames - len(clip))
 
 
@@ -109,22 +120,69 @@ def count_frames(path: str | os.PathLike[str]) -> int:
     Raises:
         DataError: the file is no video.
     """
+    if Path(path).is_dir():
+        return len(_frame_files(Path(path)))
     with _open(path) as container:
         stream = container.streams.video[0]
         return stream.frames or sum(1 for packet in container.demux(stream) if packet.size)
 
 
-def _decode(path: Path, first: int, stop: int, stride: int) -> Iterator[np.ndarray]:
+def frame_times(path: str | os.PathLike[str]) -> np.ndarray:
+    """When each frame of a video file is shown, seconds in rising order, by the packets' time stamps; nothing is decoded.
+
+    Raises:
+        DataError: the file is no video, or its packets have no times.
+    """
     with _open(path) as container:
+        stream = container.streams.video[0]
+        stamps = [p.pts if p.pts is not None else p.dts for p in container.demux(stream) if p.size]
+        if any(stamp is None for stamp in stamps):
+            raise DataError("has frames without time stamps: read it without fps")
+        return np.sort(np.array(stamps, dtype=np.float64)) * float(stream.time_base)
+
+
+def _at_rate(times: np.ndarray, frames: int, fps: float, start: float) -> list[int]:
+    """Numbers of the frames that are on screen at up to ``frames`` moments, 1 / fps apart; those past the end are left out."""
+    if not len(times):
+        return []
+    length = (frames - 1) / fps
+    moments = times[0] + start * max(times[-1] - times[0] - length, 0.0) + np.arange(frames) / fps
+    # a moment that is a frame's own time up to rounding is that frame's
+    slack = 1e-3 / fps
+    return (np.searchsorted(times, moments[moments <= times[-1] + 1 / fps - slack] + slack, side="right") - 1).tolist()
+
+
+def _decode(path: Path, numbers: Sequence[int]) -> list[Image.Image]:
+    """The frames of a video file with these numbers, in rising order; those past its end are left out."""
+    clip: list[Image.Image] = []
+    with _open(path) as container:
+        stream = container.streams.video[0]
+        declared, count = stream.frames, 0
         try:
-            for number, frame in enumerate(container.decode(container.streams.video[0])):
-                if number >= stop:
-                    return
-                if number >= first and (number - first) % stride == 0:
-                    # a copy: the decoder may reuse the frame's memory
-                    yield frame.to_ndarray(format="rgb24").copy()
+            for frame in container.decode(stream):
+                # a copy: the decoder may reuse the frame's memory
+                image = Image.fromarray(frame.to_ndarray(format="rgb24").copy()) if count == numbers[len(clip)] else None
+                while image is not None and len(clip) < len(numbers) and numbers[len(clip)] == count:
+                    clip.append(image)
+                count += 1
+                if len(clip) == len(numbers):
+                    break
         except Exception as error:  # codecs raise errors of many kinds for damaged data
             raise DataError(f"cannot be decoded ({' '.join(str(error).split())[:120] or type(error).__name__})") from error
+    if len(clip) < len(numbers) and count < declared:
+        raise DataError(f"is truncated: {count} of its {declared} frames can be read")
+    return clip
+
+
+def _read_frame(path: Path) -> Image.Image:
+    try:
+        return read_image(path)
+    except DataError as error:
+        raise DataError(f"has a frame '{path.name}' that {error}") from error
+
+
+def _frame_files(folder: Path) -> list[Path]:
+    return sorted((p for p in folder.iterdir() if p.suffix.lower() in IMAGES - EXTENSIONS), key=_number)
 
 
 def _open(path: str | os.PathLike[str]) -> Any:
