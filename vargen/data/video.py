@@ -149,7 +149,7 @@ def _at_rate(times: np.ndarray, frames: int, fps: float, start: float) -> list[i
     moments = times[0] + start * max(times[-1] - times[0] - length, 0.0) + np.arange(frames) / fps
     # a moment that is a frame's own time up to rounding is that frame's
     slack = 1e-3 / fps
-    return (np.searchsorted(times, moments[moments <= times[-1] + 1 / fps - slack] + slack, side="right") - 1).tolist()
+    return (np.searchsorted(times, moments[moments <= times[-1] + slack] + slack, side="right") - 1).tolist()
 
 
 def _decode(path: Path, numbers: Sequence[int]) -> list[Image.Image]:
