@@ -145,7 +145,9 @@ class TokenizerTask(Task):
         write_model(folder, finished, weights)
         if self.text_encoder is not None and self.text_encoder is not self.tokenizer.text_encoder:
             self.text_encoder.save_pretrained(folder / "text_encoder")
-        write_card(folder, f"{type(self.tokenizer).__name__}: tokenizer for {self.config.dataset.name}", self.command, facts)
+        panels = [panel for panel in (self.reference(), self.preview()) if panel is not None]
+        title = f"{type(self.tokenizer).__name__}: tokenizer for {self.config.dataset.name}"
+        write_card(folder, title, self.command, facts, panels)
 
 
 class _Network(nn.Module):

@@ -10,6 +10,7 @@ import pytest
 import torch
 import typer
 from omegaconf import OmegaConf
+from PIL import Image
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
@@ -108,6 +109,9 @@ def test_tokenizer_run(trained: Path):
     assert "3 steps, 12 samples" in card
     assert "validation/psnr" in card
     assert "codebook_usage" in card
+    for picture in ("loss.png", "pictures.png"):
+        assert f"]({picture})" in card
+        assert Image.open(trained / "final" / picture).width > 50
     assert (trained / "pictures" / "00000003.png").is_file()
 
 
