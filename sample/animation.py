@@ -1,4 +1,4 @@
-"""Tokens appearing in their order: every decoding step of a batch as a frame of a GIF."""
+"""Tokens appearing in their order, in space and time: every decoding step of a batch as a frame of a GIF."""
 
 from __future__ import annotations
 
@@ -15,21 +15,23 @@ from vargen.noise import Noise
 from vargen.pipeline import VisualARPipeline
 from vargen.sample.job import Job, run_batch
 from vargen.sample.motion import save_gif
-from vargen.sample.picture import grid, to_images
+from vargen.sample.picture import film, grid, to_images
 from vargen.space import TokenSpace
 
-SHOWN = 16
+SHOWN, SHOWN_VIDEOS = 16, 4
+FILM_WIDTH = 640
 FRAMES = 48
 _UNKNOWN = 0.25  # pixel value of cells that have no token yet: a light grey
 
 
 def write_animation(pipe: VisualARPipeline, job: Job, folder: Path, num: int) -> Path:
-    """``animation.gif`` of the job's first images (at most 16) in about 48 frames; of videos the middle frame is shown.
+    """``animation.gif`` of the job's first images (at most 16) in about 48 frames; of videos (at most 4), all frames of each clip
+    are shown beside each other, so that one sees which of them are begun before others are done.
 
     The first batch is drawn again, which the job's fixed batch shape makes identical to the images on disk.
     """
     batch = range(job.batch_size)
-    shown = min(num, job.batch_size, SHOWN)
+    shown = min(num, job.batch_size, SHOWN_VIDEOS if pipe.visual_tokenizer.video else SHOWN)
     condition, _ = pipe.condition(**job.conditions(batch))
     condition, noise = condition.select(slice(shown)), Noise(job.seed, batch, pipe.device).select(slice(shown))
     paint = partial(pipe.paint, condition=condition, noise=noise)
@@ -67,4 +69,7 @@ def partial_pixels(paint: Callable[[Tensor], Tensor], space: TokenSpace, tokens:
 
 def _still(pixels: Tensor) -> Image.Image:
     """A palette picture, so that many frames stay small in memory."""
-    return grid(to_images(pixels if pixels.dim() == 4 else pixels[:, :, pixels.shape[2] // 2])).quantize()
+    if pixels.dim() == 4:
+        return grid(to_images(pixels)).quantize()
+    films = [film(to_images(clip.transpose(0, 1))) for clip in pixels]
+    return grid(films, columns=1, side=FILM_WIDTH).quantize()

@@ -1,4 +1,4 @@
-"""``vargen sample``: a model's name and settings to a folder of images, with their grid, npz batch and animation."""
+"""``vargen sample``: a model's name and settings to a folder of images or videos, with their grid, npz batch and animation."""
 
 from __future__ import annotations
 
@@ -25,12 +25,14 @@ class JobResult:
         folder: the job's folder.
         done, num: finished images, and images asked for; grid, npz and animation are written once they are equal.
         files: what was written besides the images.
+        noun: ``images`` or ``videos``.
     """
 
     folder: Path
     done: int
     num: int
     files: list[Path]
+    noun: str = "images"
 
 
 def sample(
@@ -44,6 +46,10 @@ def sample(
     output: str | Path | None = None,
     npz: bool = False,
     animate: bool = False,
+    clips: Sequence[str | Path] = (),
+    frames: int | None = None,
+    format: str | None = None,
+    fps: float = 8.0,
     shard: tuple[int, int] = (0, 1),
     device: str | None = None,
     dtype: str = "float32",
@@ -58,6 +64,8 @@ def sample(
         batch_size: images per forward pass; without it that of the folder's job, or 16.
         output: the folder; without it ``outputs/<model>-<settings>``.
         npz: also write ``samples.npz`` for FID evaluators; animate: also write ``animation.gif``.
+        clips: video files or folders of frames whose first ``frames`` frames are continued; they cycle like labels.
+        format, fps: ``mp4`` (the default), ``gif`` or ``frames`` of videos, and their rate; images are ``png``.
         shard: ``(k, n)``, draw only the images whose number is k modulo n.
         settings: ``guidance_scale, temperature, top_k, top_p``, ``guidance_schedule`` or the model's own options; what is absent or
             None has the model's default.
@@ -72,7 +80,9 @@ def sample(
     if not 0 <= shard[0] < shard[1]:
         raise VargenError(f"shard {shard[0]}/{shard[1]}: expected k/n with 0 <= k < n")
     chosen = {key: value for key, value in (settings or {}).items() if value is not None}
-    folder = Path(output) if output is not None else default_folder(model, class_labels, prompts, seed, batch_size, dtype, chosen)
+    extras = {"given": "+".join(Path(clip).stem for clip in clips), "frames": frames, "format": format}
+    named = {**chosen, **{key: value for key, value in extras.items() if value}}
+    folder = Path(output) if output is not None else default_folder(model, class_labels, prompts, seed, batch_size, dtype, named)
     pipe = load_pipeline(model, device, dtype)
     if npz and pipe.visual_tokenizer.video:
         raise VargenError("npz batches hold images; this model draws videos: leave --npz out")
@@ -86,6 +96,10 @@ def sample(
         batch_size=batch_size or recorded.get("batch_size", DEFAULT_BATCH_SIZE),
         dtype=dtype,
         settings=chosen,
+        clips=clips,
+        frames=frames,
+        format=format,
+        fps=fps,
     )
     manifest = Manifest(folder, asdict(job))
     draw(pipe, job, manifest, range(shard[0], num, shard[1]), progress)
@@ -94,12 +108,12 @@ def sample(
     files: list[Path] = []
     if done == num:
         manifest.sweep()
-        files.append(write_grid(manifest, num, pipe.config.class_names))
+        files += write_grid(manifest, num, pipe.config.class_names, fps)
         if npz:
             files.append(write_npz(manifest, num, seed))
         if animate:
             files.append(write_animation(pipe, job, folder, num))
-    return JobResult(folder, done, num, files)
+    return JobResult(folder, done, num, files, "videos" if pipe.visual_tokenizer.video else "images")
 
 
 def default_folder(

@@ -21,9 +21,9 @@ from vargen.errors import DataError, VargenError, nearest
 from vargen.model import OnStep
 from vargen.noise import Noise
 from vargen.pipeline import VisualARPipeline
+from vargen.sample.files import pick_format, save_sample
+from vargen.sample.given import Given, read_given
 from vargen.sample.manifest import Manifest
-from vargen.sample.motion import frames_of, save_video
-from vargen.sample.picture import save_image, to_images
 
 DEFAULT_BATCH_SIZE = 16
 
@@ -37,9 +37,11 @@ class Job:
         fingerprint: short hash of the weights, so that a folder never mixes images of two models.
         seed: job seed; image ``i`` draws from ``Noise(seed, i)``.
         class_labels, prompts: image ``i`` has entry ``i % len`` of each that is not empty.
+        given: first frames of clips to be continued, entry ``i % len`` for video ``i``.
         settings: arguments of the pipeline's call: the model's defaults, and what the user set.
         batch_size: the one batch shape that runs.
         dtype, device: e.g. ``float32`` and ``cpu``.
+        format, fps: of the files, see :func:`vargen.sample.files.save_sample`.
     """
 
     model: str
@@ -47,15 +49,25 @@ class Job:
     seed: int
     class_labels: list[int]
     prompts: list[str]
+    given: list[Given]
     settings: dict[str, Any]
     batch_size: int
     dtype: str
     device: str
+    format: str
+    fps: float
 
     def condition(self, index: int) -> dict[str, Any]:
-        """``class_label`` and ``prompt`` of image ``index``, as far as the job has them."""
-        label = {"class_label": self.class_labels[index % len(self.class_labels)]} if self.class_labels else {}
-        return {**label, "prompt": self.prompts[index % len(self.prompts)]} if self.prompts else label
+        """``class_label``, ``prompt`` and ``given`` (file and number of frames) of image ``index``, as far as the job has them."""
+        condition: dict[str, Any] = {}
+        if self.class_labels:
+            condition["class_label"] = self.class_labels[index % len(self.class_labels)]
+        if self.prompts:
+            condition["prompt"] = self.prompts[index % len(self.prompts)]
+        if self.given:
+            clip = self.given[index % len(self.given)]
+            condition["given"] = {"file": clip.file, "frames": clip.frames}
+        return condition
 
     def conditions(self, indices: Sequence[int]) -> dict[str, Any]:
         """The pipeline's arguments that condition a batch."""
@@ -63,6 +75,8 @@ class Job:
         batch: dict[str, Any] = {"class_labels": [c["class_label"] for c in each]} if self.class_labels else {}
         if self.prompts:
             batch["prompt"] = [c["prompt"] for c in each]
+        if self.given:
+            batch["video"] = torch.stack([self.given[index % len(self.given)].pixels() for index in indices])
         return batch or {"batch_size": len(each)}
 
     def record(self, index: int, file: str) -> dict[str, Any]:
@@ -81,11 +95,15 @@ def make_job(
     batch_size: int,
     dtype: str,
     settings: dict[str, Any],
+    clips: Sequence[str | Path] = (),
+    frames: int | None = None,
+    format: str | None = None,
+    fps: float = 8.0,
 ) -> Job:
-    """The job with labels looked up and settings filled from the model's defaults.
+    """The job with labels looked up, given frames read and settings filled from the model's defaults.
 
     Raises:
-        VargenError: a condition that the model does not take, or an unknown class.
+        VargenError: a condition that the model does not take, an unknown class, or frames that it cannot continue.
     """
     kinds, names = pipe.model.conditioning, pipe.config.class_names
     takes = f"it is conditioned on {', '.join(kinds) or 'nothing'}"
@@ -95,6 +113,10 @@ def make_job(
         raise VargenError(f"model '{model}' takes no prompts; {takes}")
     if not prompts and (("text" in kinds and "class" not in kinds) or pipe.visual_tokenizer.takes_text):
         raise VargenError(f"model '{model}' draws from text: give --prompt or --prompt-file")
+    if pipe.continues_only and not clips:
+        raise VargenError(f"model '{model}' continues given frames: give --frames CLIP")
+    if not 0 < fps < float("inf"):
+        raise VargenError(f"fps {fps}: expected a positive rate")
     count = pipe.model.num_classes or 0
     labels = parse_labels(class_labels, count, names)
     if "class" in kinds and not labels and not (prompts and "text" in kinds):
@@ -105,10 +127,13 @@ def make_job(
         seed=seed,
         class_labels=labels,
         prompts=list(prompts),
+        given=read_given(pipe, clips, frames),
         settings={**pipe.config.defaults, **settings},
         batch_size=batch_size,
         dtype=dtype,
         device=pipe.device.type,
+        format=pick_format(format, pipe.visual_tokenizer.video),
+        fps=float(fps),
     )
 
 
@@ -120,7 +145,7 @@ def draw(pipe: VisualARPipeline, job: Job, manifest: Manifest, indices: Sequence
             batch = pending[start : start + job.batch_size]
             pixels = run_batch(pipe, job, batch)
             manifest.start()
-            files = [save_sample(pixels[row], manifest.folder, index) for row, index in enumerate(batch)]
+            files = [save_sample(pixels[row], manifest.folder, index, job.format, job.fps) for row, index in enumerate(batch)]
             manifest.append([job.record(index, file) for index, file in zip(batch, files)])
             bar.update(len(batch))
 
@@ -134,17 +159,6 @@ def run_batch(pipe: VisualARPipeline, job: Job, batch: Sequence[int], on_step: O
     if bad:
         raise VargenError(f"image {bad[0]} came out with NaN or infinity: sample in float32, or check that the model was trained")
     return pixels
-
-
-def save_sample(pixels: Tensor, folder: Path, index: int) -> str:
-    """Writes one image as PNG or one video as mp4, atomically; returns the file's name."""
-    if pixels.dim() == 4:
-        name = f"{index:06d}.mp4"
-        save_video(frames_of(pixels[None])[0], folder / name)
-    else:
-        name = f"{index:06d}.png"
-        save_image(to_images(pixels[None])[0], folder / name)
-    return name
 
 
 def parse_labels(texts: Sequence[str], num_classes: int, names: Sequence[str] | None) -> list[int]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -60,7 +61,7 @@ class Manifest:
     def done(self, index: int) -> bool:
         """Image ``index`` is recorded and its file is there."""
         record = self.records.get(index)
-        return record is not None and (self.folder / record["file"]).is_file()
+        return record is not None and (self.folder / record["file"]).exists()
 
     def append(self, records: Sequence[Mapping[str, Any]]) -> None:
         """Records finished images; those that another process has recorded meanwhile are left out."""
@@ -83,7 +84,11 @@ class Manifest:
         for path in self.folder.glob(".[0-9]*"):
             number = path.name[1:].split(".")[0]
             if number.isdecimal() and int(number) in self.records:
-                path.unlink(missing_ok=True)
+                # a video in the form of frames is a folder
+                if path.is_dir():
+                    shutil.rmtree(path, ignore_errors=True)
+                else:
+                    path.unlink(missing_ok=True)
 
     @contextmanager
     def _locked(self) -> Iterator[Any]:

@@ -93,6 +93,16 @@ def grid(
     return sheet
 
 
+def film(frames: Sequence[Image.Image], most: int = 8) -> Image.Image:
+    """Frames of a clip beside each other; of more than ``most`` some at even distances, first and last among them."""
+    chosen = [round(i * (len(frames) - 1) / (most - 1)) for i in range(most)] if len(frames) > most else range(len(frames))
+    width, height = frames[0].size
+    strip = Image.new("RGB", (len(chosen) * (width + 1) - 1, height), _PAPER)
+    for place, number in enumerate(chosen):
+        strip.paste(frames[number], (place * (width + 1), 0))
+    return strip
+
+
 def side_by_side(
     rows: Sequence[Sequence[Image.Image]], titles: Sequence[str], captions: Sequence[str], side: int = 128
 ) -> Image.Image:

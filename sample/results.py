@@ -12,16 +12,21 @@ from PIL import Image
 from vargen.checkpoint import atomic_write
 from vargen.errors import DataError
 from vargen.noise import Noise
+from vargen.sample.files import read_video
 from vargen.sample.manifest import Manifest
-from vargen.sample.motion import read_frames, save_gif
-from vargen.sample.picture import grid, save_image
+from vargen.sample.motion import save_gif
+from vargen.sample.picture import film, grid, save_image, side_by_side
 
 GRID_LIMIT = 100
 MAX_COLUMNS = 12
+SHEET_LIMIT, SHEET_WIDTH = 16, 640
 
 
-def write_grid(manifest: Manifest, num: int, class_names: Sequence[str] | None = None) -> Path:
-    """The first images (at most 100) on one labelled sheet: ``grid.png``, or a moving ``grid.gif`` of videos."""
+def write_grid(manifest: Manifest, num: int, class_names: Sequence[str] | None = None, fps: float = 8.0) -> list[Path]:
+    """The first images (at most 100) on one labelled sheet, ``grid.png``.
+
+    Of videos: a moving ``grid.gif``, and ``sheet.png`` with the frames of the first clips (at most 16) beside each other.
+    """
     records = [manifest.records[index] for index in range(min(num, GRID_LIMIT))]
     labels = [_label(record, class_names) for record in records]
     titles = labels if any(labels) else None
@@ -29,15 +34,17 @@ def write_grid(manifest: Manifest, num: int, class_names: Sequence[str] | None =
     distinct = len(set(labels))
     columns = distinct if 1 < distinct <= MAX_COLUMNS and len(labels) > distinct else None
     files = [manifest.folder / record["file"] for record in records]
-    if files[0].suffix == ".mp4":
-        videos = [read_frames(file) for file in files]
-        path = manifest.folder / "grid.gif"
-        steps = range(min(len(video) for video in videos))
-        save_gif([grid([Image.fromarray(video[t]) for video in videos], titles, columns) for t in steps], path, hold=0)
-    else:
+    if files[0].suffix == ".png":
         path = manifest.folder / "grid.png"
         save_image(grid([_open(file) for file in files], titles, columns), path)
-    return path
+        return [path]
+    videos = [[Image.fromarray(frame) for frame in read_video(file)] for file in files]
+    moving, sheet = manifest.folder / "grid.gif", manifest.folder / "sheet.png"
+    steps = range(min(len(video) for video in videos))
+    save_gif([grid([video[t] for video in videos], titles, columns) for t in steps], moving, fps, hold=0)
+    strips = [[film(video)] for video in videos[:SHEET_LIMIT]]
+    save_image(side_by_side(strips, [""], labels[:SHEET_LIMIT], SHEET_WIDTH), sheet)
+    return [moving, sheet]
 
 
 def write_npz(manifest: Manifest, num: int, seed: int) -> Path:

@@ -1,4 +1,4 @@
-"""``vargen sample``: pictures from a model."""
+"""``vargen sample``: pictures and videos from a model."""
 
 from __future__ import annotations
 
@@ -14,12 +14,22 @@ def sample(
     model: Annotated[str, typer.Argument(help="Bundled name (see `vargen models`), directory or hub id.")],
     class_labels: Annotated[
         list[str] | None,
-        typer.Option(metavar="LABELS", help="Class numbers or names, e.g. 3,7; they cycle. By default all classes in turn."),
+        typer.Option(
+            "--class-labels",
+            "--class",
+            metavar="LABELS",
+            help="Class numbers or names, e.g. 3,7; they cycle. By default all classes in turn.",
+        ),
     ] = None,
     prompt: Annotated[
         list[str] | None, typer.Option(metavar="TEXT", help="Text to draw; repeat it for several, they cycle.")
     ] = None,
     prompt_file: Annotated[Path | None, typer.Option(help="A file with one prompt per line.")] = None,
+    frames: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="CLIP", help="Continue the first frames of this video file or folder of frames; several cycle."),
+    ] = None,
+    given: Annotated[int | None, typer.Option(help="How many of its frames are given; default about half a clip.")] = None,
     num: Annotated[int, typer.Option("--num", "-n", help="Number of images in all.")] = 16,
     seed: Annotated[int, typer.Option(help="Image i of a seed is the same whatever the count, shard or restart.")] = 0,
     guidance_scale: Annotated[float | None, typer.Option("--guidance-scale", "--cfg-scale", help="1 is no guidance.")] = None,
@@ -33,6 +43,10 @@ def sample(
         int | None, typer.Option(help="Images per pass (16); the job keeps to it, and other sizes differ by rounding.")
     ] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder; default outputs/<model>-<settings>.")] = None,
+    format: Annotated[
+        str | None, typer.Option(metavar="FORMAT", help="Of videos: mp4, gif or frames (a folder of PNG files each).")
+    ] = None,
+    fps: Annotated[float, typer.Option(help="Frames per second of videos.")] = 8.0,
     npz: Annotated[bool, typer.Option("--npz", help="Also write samples.npz for FID evaluators, shuffled.")] = False,
     animate: Annotated[bool, typer.Option("--animate", help="Also write animation.gif of the tokens appearing in order.")] = False,
     shard: Annotated[str, typer.Option(help="k/n: draw only the images whose number is k modulo n.")] = "0/1",
@@ -40,9 +54,10 @@ def sample(
     dtype: Dtype = "float32",
     quiet: Quiet = False,
 ) -> None:
-    """Draw pictures from a model.
+    """Draw pictures or videos from a model.
 
-    Writes numbered images, a labelled grid and a manifest. A job that was stopped continues when the same command is run again.
+    Writes numbered images or clips, a labelled grid and a manifest. A job that was stopped continues when the same command is run
+    again.
     """
     part, others = parse_shard(shard), parse_settings(settings or ())
     prompts = [*(prompt or []), *(read_prompts(prompt_file) if prompt_file else [])]
@@ -59,12 +74,16 @@ def sample(
         output=output,
         npz=npz,
         animate=animate,
+        clips=frames or (),
+        frames=given,
+        format=format,
+        fps=fps,
         shard=part,
         device=device,
         dtype=dtype,
         progress=not quiet,
         settings={**others, "guidance_scale": guidance_scale, "temperature": temperature, "top_k": top_k, "top_p": top_p},
     )
-    typer.echo(f"{result.done} of {result.num} images in {result.folder}")
+    typer.echo(f"{result.done} of {result.num} {result.noun} in {result.folder}")
     for file in result.files:
         typer.echo(str(file))
