@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from vargen.checkpoint import atomic_write
 from vargen.condition import TextFeatures
+from vargen.config import check_keys
 from vargen.data.base import DATASETS, build_dataset
 from vargen.data.folder import read_image
 from vargen.errors import DataError, VargenError
@@ -54,6 +56,7 @@ def reconstruct(
     prefixes: Sequence[int] = (),
     output: str | Path | None = None,
     text_encoder: str | None = None,
+    settings: Mapping[str, Any] | None = None,
     seed: int = 0,
     device: str | None = None,
     dtype: str = "float32",
@@ -69,23 +72,25 @@ def reconstruct(
         prefixes: also decode these numbers of leading tokens, for tokenizers with an ordered space.
         output: folder, by default ``outputs/reconstruct-<model>-<source>``.
         text_encoder: directory or hub id, for tokenizers that take captions and stand outside a pipeline.
+        settings: of the tokenizer's ``decode``, such as FlexTok's ``num_inference_steps`` and ``guidance_scale``.
         seed: addresses the draws of tokenizers that draw.
 
     Returns:
         One round trip for each prefix and one for all tokens, and the folder.
 
     Raises:
-        VargenError: unusable tokenizer, data or prefixes; SSIM needs sides of at least 11 pixels.
+        VargenError: unusable tokenizer, data, prefixes or settings; SSIM needs sides of at least 11 pixels.
     """
     if num < 1:
         raise VargenError(f"num {num}: expected at least 1")
     tokenizer = load_tokenizer(model, device, dtype)
     counts = [*_check_prefixes(tokenizer, prefixes), tokenizer.space.num_tokens]
+    settings = _check_settings(tokenizer, settings or {})
     samples, captions = read_samples(source, tokenizer.sample_shape, num)
     features = _features(tokenizer, captions, model, text_encoder, source)
-    trips = round_trips(tokenizer, samples, counts, features, seed)
+    trips = round_trips(tokenizer, samples, counts, features, seed, settings)
     folder = Path(output) if output is not None else Path("outputs") / f"reconstruct-{Path(model).name}-{Path(source).name}"
-    report = {"tokenizer": model, "data": source, "results": [trip.to_dict() for trip in trips]}
+    report = {"tokenizer": model, "data": source, "settings": settings, "results": [trip.to_dict() for trip in trips]}
     sheet = _sheet(samples, trips)
     atomic_write(folder / "report.json", lambda temporary: _write_json(temporary, report))
     save_image(sheet, folder / "reconstruct.png")
@@ -94,9 +99,14 @@ def reconstruct(
 
 @torch.inference_mode()
 def round_trips(
-    tokenizer: VisualTokenizer, samples: Tensor, counts: Sequence[int], text: TextFeatures | None = None, seed: int = 0
+    tokenizer: VisualTokenizer,
+    samples: Tensor,
+    counts: Sequence[int],
+    text: TextFeatures | None = None,
+    seed: int = 0,
+    settings: Mapping[str, Any] | None = None,
 ) -> list[RoundTrip]:
-    """Round trips of ``samples`` ``(N, 3, (T,) H, W)`` in [-1, 1] from the leading ``counts`` tokens each."""
+    """Round trips of ``samples`` ``(N, 3, (T,) H, W)`` in [-1, 1] from the leading ``counts`` tokens each, from the same noise."""
     decoded: list[list[Tensor]] = [[] for _ in counts]
     noise = Noise(seed, len(samples), tokenizer.device)
     for start in range(0, len(samples), BATCH_SIZE):
@@ -106,7 +116,7 @@ def round_trips(
         tokens = tokenizer.encode(pixels, captions, noise.select(rows))
         for column, count in zip(decoded, counts):
             known = tokens if count == tokenizer.space.num_tokens else tokens[:, :count]
-            column.append(_as_bytes(tokenizer.decode(known, captions, noise.select(rows))))
+            column.append(_as_bytes(tokenizer.decode(known, captions, noise.select(rows), **(settings or {}))))
     originals = _as_bytes(samples)
     return [_score(count, originals, torch.cat(column)) for count, column in zip(counts, decoded)]
 
@@ -140,6 +150,13 @@ def _check_prefixes(tokenizer: VisualTokenizer, prefixes: Sequence[int]) -> list
         if not 1 <= count <= tokenizer.space.num_tokens:
             raise VargenError(f"{count} tokens: expected 1..{tokenizer.space.num_tokens}")
     return [count for count in prefixes if count < tokenizer.space.num_tokens]
+
+
+def _check_settings(tokenizer: VisualTokenizer, settings: Mapping[str, Any]) -> dict[str, Any]:
+    options = inspect.signature(tokenizer.decode).parameters.values()
+    known = [option.name for option in options if option.kind is option.KEYWORD_ONLY]
+    check_keys(settings, known, f"decode of {type(tokenizer).__name__}")
+    return dict(settings)
 
 
 def _features(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tests.tiny_pipelines import tiny_tokenizer
 from vargen import TextFeatures, TokenSpace, WordEncoder
-from vargen.errors import DataError, VargenError
+from vargen.errors import ConfigError, DataError, VargenError
 from vargen.model import TokenizerOutput, VisualTokenizer
 from vargen.noise import Noise
 from vargen.sample import reconstruct as job
@@ -40,9 +40,11 @@ class Columns(VisualTokenizer):
         self.check_pixels(pixels, text)
         return pixels.permute(0, 3, 1, 2).flatten(2)
 
-    def decode(self, tokens: Tensor, text: TextFeatures | None = None, noise: Noise | None = None) -> Tensor:
+    def decode(
+        self, tokens: Tensor, text: TextFeatures | None = None, noise: Noise | None = None, *, brightness: float = 0.0
+    ) -> Tensor:
         self.check_text(text, len(tokens))
-        pixels = tokens.unflatten(2, (3, -1)).permute(0, 2, 3, 1)
+        pixels = tokens.unflatten(2, (3, -1)).permute(0, 2, 3, 1) + brightness
         return nn.functional.pad(pixels, (0, self.config.size - tokens.shape[1]), value=-1.0) * self.weight
 
     def forward(self, pixels: Tensor, text: TextFeatures | None = None, noise: Noise | None = None) -> TokenizerOutput:
@@ -76,6 +78,15 @@ def test_prefixes_get_better_with_length(use: None, tmp_path: Path) -> None:
     assert [result["tokens"] for result in report["results"]] == [2, 8, 16]
     assert report["results"][1]["psnr"] == pytest.approx(np.mean([image["psnr"] for image in report["results"][1]["images"]]))
     assert Image.open(folder / "reconstruct.png").width > 4 * 128
+
+
+def test_settings_reach_the_decoder(use: None, tmp_path: Path) -> None:
+    trips, folder = reconstruct("columns", "shapes", num=2, output=tmp_path / "out", settings={"brightness": 0.5})
+    assert float(trips[0].psnr.max()) < 20
+    assert json.loads((folder / "report.json").read_text())["settings"] == {"brightness": 0.5}
+    with pytest.raises(ConfigError, match="no 'brigthness'; did you mean 'brightness'"):
+        reconstruct("columns", "shapes", num=2, output=tmp_path / "new", settings={"brigthness": 0.5})
+    assert not (tmp_path / "new").exists()
 
 
 def test_prefixes_are_checked(use: None, tmp_path: Path) -> None:

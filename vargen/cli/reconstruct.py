@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from vargen.cli.options import Device, Dtype, parse_integers
+from vargen.cli.options import Device, Dtype, parse_integers, parse_settings
 
 
 def reconstruct(
@@ -17,6 +17,10 @@ def reconstruct(
     tokens: Annotated[str | None, typer.Option(help="Also decode prefixes, e.g. 1,4,16, where tokens are ordered.")] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder; default outputs/reconstruct-<...>.")] = None,
     text_encoder: Annotated[str | None, typer.Option(help="For tokenizers that take captions and are in no pipeline.")] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Of the decoder, e.g. num_inference_steps=10, guidance_scale=2."),
+    ] = None,
     seed: Annotated[int, typer.Option(help="For tokenizers that draw.")] = 0,
     device: Device = None,
     dtype: Dtype = "float32",
@@ -36,6 +40,7 @@ def reconstruct(
         prefixes=prefixes,
         output=output,
         text_encoder=text_encoder,
+        settings=parse_settings(settings or ()),
         seed=seed,
         device=device,
         dtype=dtype,
