@@ -24,6 +24,7 @@ FLOORS = (
     ("vargen.official",),
     ("vargen.pipeline",),
     ("vargen.train", "vargen.sample"),
+    ("vargen.bench",),
     ("vargen.cli",),
 )
 FLOOR_OF = {"vargen": 1} | {prefix: number for number, floor in enumerate(FLOORS) for prefix in floor}

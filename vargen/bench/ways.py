@@ -1,0 +1,205 @@
+"""Ways of decoding that are measured: the plain one of every system, and each acceleration where it applies."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vargen.backbones.causal import CausalGenerator
+from vargen.backbones.mar import MAR
+from vargen.bench.systems import Subject
+from vargen.bench.uncached import Uncached
+from vargen.decoding.acceptance import Acceptance
+from vargen.decoding.continuous import ContinuousSpeculation
+from vargen.decoding.draft import Acceptor, Draft, Uniforms, Verdict
+from vargen.decoding.jacobi import Jacobi
+from vargen.decoding.lantern import Lantern
+from vargen.decoding.neighbors import nearest_codes
+from vargen.decoding.speculative import Speculation, require_next_token
+from vargen.errors import VargenError
+from vargen.kernels.dispatch import kernels
+from vargen.train.compiling import repeated_blocks
+
+PLAIN = "plain"
+STATIC = "naive_extend_57"
+# of LANTERN's relaxation, cut where a codebook is small
+NEIGHBORS = 1000
+# tokens per target pass that the bundled digits model and its trained drafter reach, see docs/speculation.md
+TOKENS = {"jacobi": 2.3, "lossless-dynamic": 2.0, "lossless-static": 2.0, "lantern": 2.5, "lantern++": 2.5}
+
+
+@dataclass
+class Run:
+    """One way of making a subject's images.
+
+    Attributes:
+        call: batch size to tokens.
+        models: networks that it runs, the subject's own first.
+        one_by_one: samples are decoded one after the other, so that larger batches cost as much per image.
+        modelled: what is assumed rather than measured, for the record.
+        countable: its products run one by one and can be counted; where not, they are those of the plain way.
+        weight_size: bytes of a weight in products relative to the plain way's.
+        statistics: what a driver counted in the last call, for the record.
+    """
+
+    call: Callable[[int], Tensor]
+    models: tuple[nn.Module, ...]
+    one_by_one: bool = False
+    countable: bool = True
+    weight_size: float = 1.0
+    statistics: Callable[[], dict[str, Any]] = field(default=dict)
+    modelled: dict[str, Any] = field(default_factory=dict)
+
+
+Way = Callable[[Subject], Run | None]
+
+
+def plain(subject: Subject) -> Run:
+    """The loop as it stands without any option: with a cache where the system has one, eager."""
+    return Run(subject.generate, (subject.model,))
+
+
+def no_cache(subject: Subject) -> Run | None:
+    if not isinstance(subject.model, CausalGenerator):
+        return None
+    return Run(partial(subject.generate, decoding=Uncached()), (subject.model,))
+
+
+def compiled(subject: Subject) -> Run | None:
+    """Blocks of masked and flow systems through torch.compile; causal ones have the engine for that."""
+    if isinstance(subject.model, CausalGenerator):
+        return None
+    swap = CompiledBlocks(subject.model)
+    return Run(partial(_within, swap, subject.generate), (subject.model,), countable=False)
+
+
+def triton(subject: Subject) -> Run | None:
+    """Our kernels in place of their plain references."""
+    if subject.model.device.type != "cuda":
+        return None
+    return Run(partial(_within, partial(kernels, "triton"), subject.generate), (subject.model,), countable=False)
+
+
+class Modelled:
+    """An acceptor that does another one's work and then keeps as many tokens as it is told to.
+
+    Fresh weights predict next to nothing, so that what a draft of theirs is worth says nothing about trained ones.
+
+    Args:
+        tokens: mean of accepted tokens and the one that the target adds, per round.
+    """
+
+    def __init__(self, acceptor: Acceptor, tokens: float) -> None:
+        self.acceptor, self.tokens, self.owed = acceptor, tokens, 0.0
+
+    def accept(self, draft: Draft, logits: Tensor, greedy: bool, uniforms: Uniforms) -> Verdict:
+        """See :class:`vargen.decoding.draft.Acceptor`."""
+        self.acceptor.accept(draft, logits, greedy, uniforms)
+        self.owed += self.tokens - 1
+        path = [0]
+        while self.owed >= 1 and draft.tree.children[path[-1]]:
+            path.append(draft.tree.children[path[-1]][0])
+            self.owed -= 1
+        return Verdict(path, logits[path[-1]].softmax(-1).cpu())
+
+
+def speculative(
+    subject: Subject, tokens: float, make: Callable[[Subject], tuple[Speculation, tuple[nn.Module, ...]]]
+) -> Run | None:
+    """Speculation that keeps ``tokens`` per round, whatever the drafts are worth."""
+    if not _predicts_next_token(subject):
+        return None
+    way, more = make(subject)
+    way.acceptor = Modelled(way.acceptor, tokens)
+
+    def statistics() -> dict[str, Any]:
+        return {"target_passes": way.statistics.target_passes, "draft_passes": way.statistics.draft_passes}
+
+    run = partial(subject.generate, decoding=way)
+    modelled = {"tokens_per_target_pass": tokens}
+    return Run(run, (subject.model, *more), one_by_one=True, statistics=statistics, modelled=modelled)
+
+
+def _eagle(subject: Subject, **options: Any) -> tuple[Speculation, tuple[nn.Module, ...]]:
+    drafter = subject.drafter()
+    return Lantern(drafter, **options), (drafter,)
+
+
+def _relaxed(subject: Subject, k: int, **options: Any) -> tuple[Speculation, tuple[nn.Module, ...]]:
+    assert isinstance(subject.model, CausalGenerator)
+    size = subject.model.output_heads[0].linear.weight.shape[0]  # type: ignore[union-attr]
+    codebook = torch.randn(int(size), 8, generator=torch.Generator().manual_seed(0))
+    k = min(k, len(codebook) // 4)
+    return _eagle(subject, neighbors=nearest_codes(codebook, k + 1), k=k, **options)
+
+
+def _jacobi(subject: Subject) -> tuple[Speculation, tuple[nn.Module, ...]]:
+    return Speculation(Jacobi(), Acceptance()), ()
+
+
+def continuous(subject: Subject) -> Run | None:
+    """The published rule, whose passes do not depend on what is accepted."""
+    if not isinstance(subject.model, MAR):
+        return None
+    draft = subject.draft()
+    way = ContinuousSpeculation(draft)
+
+    def statistics() -> dict[str, Any]:
+        return {"target_passes": way.statistics.target_passes, "draft_passes": way.statistics.draft_passes}
+
+    return Run(partial(subject.generate, decoding=way), (subject.model, draft), statistics=statistics)
+
+
+WAYS: dict[str, Way] = {
+    PLAIN: plain,
+    "no-cache": no_cache,
+    "compiled": compiled,
+    "triton": triton,
+    "jacobi": partial(speculative, tokens=TOKENS["jacobi"], make=_jacobi),
+    "lossless-dynamic": partial(speculative, tokens=TOKENS["lossless-dynamic"], make=_eagle),
+    "lossless-static": partial(speculative, tokens=TOKENS["lossless-static"], make=partial(_eagle, tree=STATIC)),
+    "lantern": partial(speculative, tokens=TOKENS["lantern"], make=partial(_relaxed, k=NEIGHBORS, delta=0.1)),
+    "lantern++": partial(speculative, tokens=TOKENS["lantern++"], make=partial(_relaxed, k=10, ratio=5.0, tree=STATIC)),
+    "continuous": continuous,
+}
+
+
+class CompiledBlocks:
+    """Within ``with blocks():`` the repeated blocks of a model run compiled, outside as they are; compiled once."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.blocks = repeated_blocks(model)
+        self.compiled: list[Any] = []
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        if not self.compiled:
+            for block in self.blocks:
+                block.compile()
+            self.compiled = [block._compiled_call_impl for block in self.blocks]
+        for block, call in zip(self.blocks, self.compiled):
+            block._compiled_call_impl = call
+        try:
+            yield
+        finally:
+            for block in self.blocks:
+                block._compiled_call_impl = None
+
+
+def _within(context: Callable[[], AbstractContextManager[None]], call: Callable[[int], Tensor], batch_size: int) -> Tensor:
+    with context():
+        return call(batch_size)
+
+
+def _predicts_next_token(subject: Subject) -> bool:
+    try:
+        require_next_token(subject.model)  # type: ignore[arg-type]
+    except (VargenError, AttributeError):
+        return False
+    return True
