@@ -19,7 +19,7 @@ from vargen.bench.uncached import Uncached
 from vargen.bench.ways import WAYS, CompiledBlocks
 from vargen.cli.main import main
 from vargen.condition import Condition
-from vargen.decoding.flops import counting
+from vargen.decoding.counting import counting
 from vargen.errors import ConfigError
 from vargen.guidance import Guidance
 from vargen.model import Sampling

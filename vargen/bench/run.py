@@ -17,7 +17,7 @@ import torch
 from vargen.bench.device import PeakMemory, ceilings, describe, seconds
 from vargen.bench.systems import REFERENCE, SYSTEMS, Subject, arguments_of
 from vargen.bench.ways import PLAIN, WAYS, Run
-from vargen.decoding.flops import Cost, counting
+from vargen.decoding.counting import Cost, counting
 from vargen.errors import ConfigError, nearest
 from vargen.train.compiling import repeated_blocks
 

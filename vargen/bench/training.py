@@ -15,7 +15,7 @@ from torch import Tensor
 from vargen.bench.device import PeakMemory, ceilings, describe, seconds
 from vargen.bench.run import Settings
 from vargen.bench.systems import Subject
-from vargen.decoding.flops import counting
+from vargen.decoding.counting import counting
 from vargen.noise import Noise
 from vargen.train.compiling import compile_network
 
