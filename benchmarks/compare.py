@@ -1,142 +1,239 @@
-"""Generators side by side: one data set, one tokenizer, one budget; distance, accuracy, passes, time, with errors over seeds.
+"""Generators side by side: one data set, one family of tokenizers, one budget; distance, accuracy, cost and speed.
 
-    python benchmarks/compare.py digits --tokenizer TOKENIZER --systems llamagen nar nbp --steps 1000 --seeds 0 1
+    python benchmarks/compare.py digits --discrete VQ_TOKENIZER --continuous KL_TOKENIZER --seeds 0 1
 
-Every system starts from the data set's own generator recipe, of which only the model is exchanged. Results go to a JSON file and
-a Markdown table, both made anew by one run; nothing is ranked.
+Every system starts from the data set's own generator recipe, of which only the model and the settings of sampling are exchanged
+(`compare_systems.py`). A run, that is a system and a seed, is trained, drawn and judged once and kept in the work folder; speed is
+measured at the end, of all runs in turn, so that a change of the machine's load meets all of them. Nothing is ranked.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 import platform
 import statistics
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from omegaconf import OmegaConf
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from compare_systems import SYSTEMS
 
 from vargen.checkpoint import atomic_write
 from vargen.config import load_config
 from vargen.data.base import build_dataset
+from vargen.decoding.flops import generation_cost
+from vargen.guidance import Guidance
 from vargen.metrics.evaluate import evaluate_images
 from vargen.metrics.features import load_feature_net
 from vargen.noise import Noise
 from vargen.pipeline import VisualARPipeline
+from vargen.sample.load import load_tokenizer
+from vargen.sample.picture import to_images
 from vargen.train.run import train
 
-# models of about equal size for the 8 x 8 ids of the shipped sets
-MODELS: dict[str, dict[str, Any]] = {
-    "llamagen": {"system": "llamagen", "config": {"dim": 128, "depth": 5, "heads": 4, "mlp_hidden": 344}},
-    "nar": {"system": "nar", "config": {"dim": 128, "depth": 4, "heads": 4, "mlp_hidden": 344}},
-    "nbp": {
-        "system": "nbp",
-        "config": {"dim": 128, "depth": 5, "heads": 4, "block_size": 8, "condition_vocabulary": 10, "max_positions": 128},
-    },
-    "maskgit": {"system": "maskgit", "config": {"trunk": "uvit", "dim": 128, "depth": 4, "heads": 4, "mlp_hidden": 512}},
-}
-# NBP's models know no unconditional row; MaskGIT's temperature scales Gumbel noise
-SETTINGS: dict[str, dict[str, Any]] = {
-    "nbp": {"guidance_scale": 1.0},
-    "maskgit": {"temperature": 2.0, "guidance_scale": 2.0},
-}
+BATCHES = (1, 8)  # images per call, where speed is measured
+DRAWN_AT_ONCE = 250
+PICTURES = 20
 
 
-def run_one(name: str, seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Trains, samples and judges one system with one seed."""
-    recipe = OmegaConf.to_container(load_config(f"{arguments.dataset}/generator"), resolve=True)
-    assert isinstance(recipe, dict)
-    recipe["model"] = MODELS[name]
-    recipe["sampling"] = {**recipe.get("sampling", {}), **SETTINGS.get(name, {})}
-    recipe["seed"], recipe["tokenizer"] = seed, str(arguments.tokenizer)
-    recipe["training"] = {**recipe["training"], "max_train_steps": arguments.steps, "preview_steps": 0, "validation_steps": 0}
-    recipe["training"]["checkpointing_steps"] = arguments.steps
-    folder = Path(arguments.work) / f"{name}-{seed}"
-    started = time.perf_counter()
+def recipe_of(name: str, seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
+    """The training recipe of a run."""
+    recipe: Any = OmegaConf.to_container(load_config(f"{arguments.dataset}/generator"), resolve=True)
+    chosen = SYSTEMS[name]
+    recipe["model"] = {"system": chosen["system"], "config": chosen["config"]}
+    recipe["sampling"] = {**recipe.get("sampling", {}), **chosen["sampling"]}
+    recipe["seed"], recipe["tokenizer"] = seed, str(getattr(arguments, chosen["tokens"]))
+    recipe["tokens"]["views"] = arguments.views
+    recipe["validation"] = {"samples": 128, "pictures": 20}
+    recipe["export"] = {"dtype": "float32"}
+    recipe["optimizer"]["learning_rate"] = arguments.learning_rate
+    changes = {"batch_size": arguments.batch_size, "max_train_steps": arguments.steps, "checkpointing_steps": 200}
+    recipe["training"] = {**recipe["training"], **changes, "preview_steps": 0, "validation_steps": 0}
+    return recipe
+
+
+def run_one(name: str, seed: int, arguments: argparse.Namespace) -> None:
+    """Trains, draws and judges one system with one seed, as far as that has not been done."""
+    folder, recipe = Path(arguments.work) / f"{name}-{seed}", recipe_of(name, seed, arguments)
     if not (folder / "final" / "model_index.json").is_file():
+        started = time.process_time()
         train(recipe, output_dir=folder, resume="auto")
-    minutes = (time.perf_counter() - started) / 60
+        write_json(folder / "training.json", {"core_minutes": (time.process_time() - started) / 60})
+    settings = {**recipe["sampling"].pop("options", {}), **recipe["sampling"]}
+    asked = {"settings": settings, "samples": arguments.samples}
+    judged = read_json(folder / "judged.json")
+    if judged is not None and judged["asked"] == asked:
+        return
     pipe = VisualARPipeline.from_pretrained(folder / "final")
     labels = torch.arange(arguments.samples) % pipe.model.num_classes
-    pixels = []
-    for first in range(0, arguments.samples, 50):
-        rows = torch.arange(first, min(first + 50, arguments.samples))
-        pixels.append(pipe(class_labels=labels[rows], generator=Noise(seed, rows), output_type="pt").images)
-    reference = build_dataset(arguments.dataset, size=pixels[0].shape[-1], split="test")
-    report = evaluate_images(torch.cat(pixels).clamp(-1, 1), reference, load_feature_net(arguments.dataset), labels=labels)
-    return {
-        "system": name,
-        "seed": seed,
-        "parameters": sum(p.numel() for p in pipe.model.parameters()),
-        "training_minutes": minutes,
-        "frechet_distance": report["frechet_distance"],
-        "floor": report["frechet_floor_same_sizes"],
-        "conditional_accuracy": report["conditional_accuracy"],
-        **speed(pipe),
+    parts = []
+    for rows in torch.arange(arguments.samples).split(DRAWN_AT_ONCE):
+        parts.append(pipe(class_labels=labels[rows], generator=Noise(seed, rows), output_type="pt", **settings).images)
+    pixels = torch.cat(parts).clamp(-1, 1)
+    report = judge(pixels, labels, arguments)
+    options = {
+        k: v for k, v in settings.items() if k not in ("guidance_scale", "guidance_schedule", "temperature", "top_k", "top_p")
     }
+    guidance = Guidance(settings["guidance_scale"], schedule=settings.get("guidance_schedule", "constant"))
+    cost = generation_cost(pipe.model, guidance=guidance, **options)
+    result = {
+        "parameters": sum(p.numel() for p in pipe.model.parameters()),
+        **report,
+        "backbone_evaluations": cost.backbone,
+        "head_evaluations": cost.head,
+        "flops": cost.flops,
+    }
+    np.save(folder / "pictures.npy", ((pixels[:PICTURES] + 1) * 127.5).round().byte().numpy())
+    write_json(folder / "judged.json", {"asked": asked, "result": result})
+    print(name, seed, json.dumps(result), flush=True)
 
 
-def speed(pipe: VisualARPipeline, repeats: int = 3) -> dict[str, Any]:
-    """Passes of the generator, and milliseconds per image, tokens only, at batch 1 and 8: the median of some runs."""
-    passes: list[int] = []
-    pipe(class_labels=[0], generator=0, on_step=lambda info: passes.append(info.index))
-    times = {}
-    for batch in (1, 8):
-        runs = []
-        for _ in range(repeats):
-            started = time.perf_counter()
-            pipe(class_labels=[i % pipe.model.num_classes for i in range(batch)], generator=0, output_type="pt")
-            runs.append((time.perf_counter() - started) * 1000 / batch)
-        times[f"ms_per_image_batch_{batch}"] = statistics.median(runs)
-    return {"passes": len(passes), **times}
+def judge(pixels: Tensor, labels: Tensor, arguments: argparse.Namespace) -> dict[str, float]:
+    """Distance to the test split, its floor, and conditional accuracy."""
+    reference = build_dataset(arguments.dataset, size=pixels.shape[-1], split="test")
+    report = evaluate_images(pixels, reference, load_feature_net(arguments.dataset), labels=labels)
+    kept = {
+        "frechet_distance": "frechet_distance",
+        "floor": "frechet_floor_same_sizes",
+        "conditional_accuracy": "conditional_accuracy",
+    }
+    return {name: report[key] for name, key in kept.items()}
+
+
+@torch.no_grad()
+def reconstructions(arguments: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """What the tokenizers alone do to as many training images: no generator of their tokens can be expected to come closer."""
+    results = {}
+    for kind in ("discrete", "continuous"):
+        tokenizer = load_tokenizer(str(getattr(arguments, kind)), device="cpu")
+        data = build_dataset(arguments.dataset, size=tokenizer.sample_shape[0], split="train")
+        items = [data[i] for i in range(min(arguments.samples, len(data)))]
+        pixels = torch.stack([item["pixels"] for item in items])
+        painted = tokenizer.decode(tokenizer.encode(pixels, noise=Noise(0, len(pixels)))).clamp(-1, 1)
+        psnr = 10 * torch.log10(4 / (painted - pixels).square().flatten(1).mean(1)).mean()
+        results[kind] = {**judge(painted, torch.tensor([item["class_label"] for item in items]), arguments), "psnr": float(psnr)}
+    return results
+
+
+def measure_speed(runs: list[tuple[str, int]], arguments: argparse.Namespace) -> None:
+    """Milliseconds of one core per image, tokens and pixels, of all runs in turn; the median of some rounds goes to each folder."""
+    torch.set_num_threads(1)
+    folders = [Path(arguments.work) / f"{name}-{seed}" for name, seed in runs]
+    pipes = [VisualARPipeline.from_pretrained(folder / "final") for folder in folders]
+    settings = [read_json(folder / "judged.json")["asked"]["settings"] for folder in folders]  # type: ignore[index]
+    times: list[dict[int, list[float]]] = [{batch: [] for batch in BATCHES} for _ in runs]
+    for _ in range(arguments.rounds):
+        for pipe, options, taken in zip(pipes, settings, times):
+            for batch in BATCHES:
+                started = time.process_time()
+                pipe(class_labels=[i % pipe.model.num_classes for i in range(batch)], generator=0, output_type="pt", **options)
+                taken[batch].append((time.process_time() - started) * 1000 / batch)
+    for folder, taken in zip(folders, times):
+        medians = {f"ms_per_image_batch_{batch}": statistics.median(values) for batch, values in taken.items()}
+        write_json(folder / "speed.json", {"rounds": arguments.rounds, **medians})
+
+
+def collect(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """All finished runs in the work folder, in the order of SYSTEMS."""
+    results = []
+    for name in SYSTEMS:
+        for folder in sorted(Path(arguments.work).glob(f"{name}-[0-9]*")):
+            judged, speed, training = (read_json(folder / f"{part}.json") for part in ("judged", "speed", "training"))
+            if judged is not None:
+                seed = {"system": name, "seed": int(folder.name.rsplit("-", 1)[1]), "settings": judged["asked"]["settings"]}
+                results.append({**seed, **judged["result"], **(training or {}), **(speed or {})})
+    return results
 
 
 def table(results: list[dict[str, Any]]) -> str:
     """Markdown, one line per system; plus or minus is the standard deviation over seeds."""
     lines = [
-        "| system | parameters | passes | Fréchet distance | conditional accuracy | ms per image, batch 1 | batch 8 |",
-        "|---|---|---|---|---|---|---|",
+        "| system | parameters | Fréchet distance | conditional accuracy | backbone, head evaluations | MFLOPs per image "
+        "| ms per image, batch 1 | batch 8 |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for name in dict.fromkeys(r["system"] for r in results):
         rows = [r for r in results if r["system"] == name]
 
         def spread(key: str, scale: float = 1.0, digits: int = 2, rows: list[dict[str, Any]] = rows) -> str:
-            values = [scale * r[key] for r in rows]
+            values = [scale * r[key] for r in rows if key in r]
+            if not values:
+                return "-"
             error = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
             return f"{statistics.mean(values):.{digits}f}{error}"
 
-        accuracy = f"{spread('conditional_accuracy', 100, 1)} %"
-        times = [spread(f"ms_per_image_batch_{batch}", digits=1) for batch in (1, 8)]
-        cells = [name, f"{rows[0]['parameters'] / 1e6:.2f} M", rows[0]["passes"], spread("frechet_distance"), accuracy, *times]
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
+        first = rows[0]
+        cells = [
+            name,
+            f"{first['parameters'] / 1e6:.2f} M",
+            spread("frechet_distance"),
+            f"{spread('conditional_accuracy', 100, 1)} %",
+            f"{first['backbone_evaluations']}, {first['head_evaluations'] or '-'}",
+            f"{first['flops'] / 1e6:,.0f}",
+            *(spread(f"ms_per_image_batch_{batch}", digits=1) for batch in BATCHES),
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def picture(arguments: argparse.Namespace, target: Path) -> None:
+    """One row of samples per system, of its first seed: classes in turn."""
+    rows = [Path(arguments.work) / f"{name}-{arguments.seeds[0]}" / "pictures.npy" for name in SYSTEMS]
+    pixels = [torch.from_numpy(np.load(row)).float() / 127.5 - 1 for row in rows if row.is_file()]
+    if pixels:
+        frame = [torch.nn.functional.pad(p, (1, 1, 1, 1), value=0.4) for p in pixels]
+        sheet = torch.cat([torch.cat(list(p), dim=-1) for p in frame], dim=-2)
+        atomic_write(target, lambda path: to_images(sheet[None])[0].save(path, format="PNG", optimize=True))
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    atomic_write(path, lambda temporary: temporary.write_text(json.dumps(value, indent=2) + "\n") and None)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("dataset", choices=["digits"])
-    parser.add_argument("--tokenizer", required=True, help="a trained tokenizer of the data set")
-    parser.add_argument("--systems", nargs="+", default=list(MODELS), choices=list(MODELS))
+    parser.add_argument("--discrete", required=True, help="a trained tokenizer of discrete tokens")
+    parser.add_argument("--continuous", required=True, help="one of continuous tokens, on the same grid")
+    parser.add_argument("--systems", nargs="+", default=list(SYSTEMS), choices=list(SYSTEMS), metavar="SYSTEM")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--steps", type=int, default=1000)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--learning-rate", type=float, default=2e-3)
+    parser.add_argument("--views", type=int, default=8, help="augmented views of every training image")
     parser.add_argument("--samples", type=int, default=500)
-    parser.add_argument("--work", default="outputs/compare", help="where the runs are kept; finished ones are not trained again")
-    parser.add_argument("--output", default="benchmarks/results/compare-digits.json")
+    parser.add_argument("--rounds", type=int, default=3, help="of the measurement of speed")
+    parser.add_argument("--no-timing", action="store_true", help="leave the measurement of speed to a later call")
+    parser.add_argument("--time-only", action="store_true", help="measure only the speed of finished runs anew")
+    parser.add_argument("--work", default="outputs/compare", help="where runs are kept")
+    parser.add_argument("--output", type=Path, default="benchmarks/results/compare-digits.json")
+    parser.add_argument("--picture", type=Path, default="docs/images/compare-digits.png")
     arguments = parser.parse_args()
-    results = []
-    for seed in arguments.seeds:
-        for name in arguments.systems:
-            results.append(run_one(name, seed, arguments))
-            print(json.dumps(results[-1]), flush=True)
-    environment = {"torch": torch.__version__, "threads": torch.get_num_threads(), "machine": platform.machine(), "device": "cpu"}
-    budget = {"steps": arguments.steps, "seeds": arguments.seeds, "samples": arguments.samples}
+    runs = [(name, seed) for seed in arguments.seeds for name in arguments.systems]
+    for name, seed in [] if arguments.time_only else runs:
+        run_one(name, seed, arguments)
+    if arguments.no_timing:
+        return
+    measure_speed(runs, arguments)
+    budget = {key: getattr(arguments, key) for key in ("steps", "batch_size", "learning_rate", "views", "samples")}
+    environment = {"torch": torch.__version__, "threads": 1, "machine": platform.machine(), "device": "cpu"}
+    results = collect(arguments)
     record = {"dataset": arguments.dataset, "budget": budget, "environment": environment, "results": results}
-    assert all(math.isfinite(r["frechet_distance"]) for r in results)
-    atomic_write(arguments.output, lambda path: path.write_text(json.dumps(record, indent=2) + "\n") and None)
+    write_json(arguments.output, {**record, "tokenizers": reconstructions(arguments)})
+    picture(arguments, arguments.picture)
     print(table(results))
 
 

@@ -19,12 +19,15 @@ adaln_linear = kernel("adaln_linear")
 class Denoiser(nn.Module):
     """A network of noisy tokens x, time t and hidden states z, which sees t and z only through ``time(t) + cond(z)``.
 
-    The parts are public so that a sampler embeds z and all its times once.
+    The parts are public so that a sampler embeds z and all its times once. A subclass has a layer ``input`` that every evaluation
+    passes once.
 
     Args:
         channels: length of a token; condition_dim: of a hidden state; width: of the network.
         time_scale: times are multiplied by it before the sinusoid: 1 for integer timesteps, 1000 for times in [0, 1].
     """
+
+    input: nn.Linear
 
     def __init__(self, channels: int, condition_dim: int, width: int, time_scale: float = 1.0) -> None:
         super().__init__()
