@@ -2,6 +2,7 @@
 
     python benchmarks/reconstruction.py flextok outputs/train/shapes-flextok
     python benchmarks/reconstruction.py textok outputs/train/shapes-textok outputs/train/shapes-textok-2 ...
+    python benchmarks/reconstruction.py vq shapes
 
 Every run directory is judged on the test split of the data it was trained on. Of ordered tokens, every number of leading ones is
 decoded from the same noise. Tokenizers that take captions are also given shuffled ones. Results go to a JSON file, reconstructions
@@ -25,6 +26,7 @@ from torch import Tensor
 
 from vargen.checkpoint import atomic_write
 from vargen.condition import TextFeatures
+from vargen.config import load_config
 from vargen.data.base import VisualDataset, build_dataset
 from vargen.data.loader import ordered_batches
 from vargen.data.shapes_reader import attributes_from_pixels
@@ -38,8 +40,10 @@ from vargen.sample.picture import save_image, side_by_side, to_images
 from vargen.text import load_text_encoder
 from vargen.tokenizers.flextok import FlexTok
 from vargen.tokenizers.mingtok import MingTok
+from vargen.train.build import plain
 from vargen.train.card import loss_curve
 from vargen.train.log import read_metrics
+from vargen.train.tokenizer import SCHEMA
 
 BATCH = 64
 SHOWN = 6
@@ -49,16 +53,16 @@ class Judge:
     """A trained tokenizer and the held-out samples that it is judged on.
 
     Args:
-        run: directory that ``vargen train`` made.
+        run: directory that ``vargen train`` made, or ``digits`` or ``shapes`` for the VQ tokenizers that ship.
         samples: held-out samples.
     """
 
     def __init__(self, run: Path, samples: int) -> None:
         self.run = run
-        self.tokenizer = load_tokenizer(str(run / "final"), "cpu")
-        recipe = sorted(run.glob("checkpoint-*/recipe.yaml"))[-1]
-        self.recipe = OmegaConf.to_container(OmegaConf.load(recipe), resolve=True)
-        assert isinstance(self.recipe, dict)
+        model = str(run / "final") if run.is_dir() else str(run)
+        self.tokenizer = load_tokenizer(model, "cpu")
+        recipe = max(run.glob("checkpoint-*/recipe.yaml"), default=None)
+        self.recipe = plain(OmegaConf.load(recipe) if recipe else load_config(f"{run}/tokenizer", schema=SCHEMA))
         dataset = {k: v for k, v in self.recipe["dataset"].items() if v is not None}
         self.training = build_dataset(dataset)
         held_out = {k: v for k, v in dataset.items() if k not in ("augment", "length")}
@@ -245,13 +249,12 @@ def picture(judges: dict[str, Judge], counts: list[int]) -> Image.Image:
 
 
 def budget(judge: Judge) -> dict[str, Any]:
-    metrics = read_metrics(judge.run)
-    last = [line for line in metrics if "seconds" in line][-1]
+    timed = [line for line in read_metrics(judge.run) if "seconds" in line]
     training = judge.recipe["training"]
     return {
-        "steps": int(last["step"]),
+        "steps": int(timed[-1]["step"] if timed else training["max_train_steps"]),
         "batch_size": int(training["batch_size"]),
-        "minutes": float(last["seconds"]) / 60,
+        "minutes": float(timed[-1]["seconds"]) / 60 if timed else None,
         "seed": int(judge.recipe["seed"]),
         "parameters": sum(p.numel() for p in judge.tokenizer.parameters()),
     }
