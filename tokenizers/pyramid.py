@@ -69,30 +69,67 @@ class PyramidTokenizer(VisualTokenizer):
     def sample_shape(self) -> tuple[int, ...]:
         return self.base.sample_shape
 
+    @property
+    def moments_shape(self) -> tuple[int, ...] | None:
+        """Of averaged latents the base's own, of resized pixels those of every level flat, one after the other."""
+        shape = self.base.moments_shape
+        if shape is None or self.config.source == "latents":
+            return shape
+        return (sum(math.prod(level) for level in self._moments_shapes()),)
+
+    def _moments_shapes(self) -> list[tuple[int, ...]]:
+        """Shapes of the base's moments at every level: the axes that hold the base's grid shrink along with it."""
+        shape = self.base.moments_shape or ()
+        finest = self.space.shape
+        return [(*shape[:-2], *(side * m // n for side, m, n in zip(shape[-2:], grid, finest))) for grid in self.space.levels]
+
+    def moments(self, pixels: Tensor, text: TextFeatures | None = None) -> Tensor:
+        if self.config.source == "latents":
+            return self.base.moments(pixels, text)
+        return torch.cat([self.base.moments(image, text).flatten(1) for image in self._images(pixels, text)], dim=1)
+
+    def tokens_of(self, moments: Tensor, noise: Noise | None = None) -> Tensor:
+        if self.config.source == "latents":
+            return self.levels_of(self.base.tokens_of(moments, self._draws(noise, len(self.space.levels) - 1)))
+        shapes = self._moments_shapes()
+        parts = moments.split([math.prod(shape) for shape in shapes], dim=1)
+        levels = [
+            self.base.tokens_of(part.unflatten(1, shape), self._draws(noise, number))
+            for number, (part, shape) in enumerate(zip(parts, shapes))
+        ]
+        return torch.cat([level.flatten(1, 2) for level in levels], dim=1)
+
+    def levels_of(self, finest: Tensor) -> Tensor:
+        """Tokens ``(B, num_tokens, C)`` of all levels, the coarser ones averages of the finest ``(B, h, w, C)``."""
+        image = finest.permute(0, 3, 1, 2)
+        coarse = [F.adaptive_avg_pool2d(image, grid).permute(0, 2, 3, 1) for grid in self.space.levels[:-1]]
+        return torch.cat([level.flatten(1, 2) for level in (*coarse, finest)], dim=1)
+
+    def _images(self, pixels: Tensor, text: TextFeatures | None) -> list[Tensor]:
+        """Checked pixels at the size of every level that is encoded, coarse first."""
+        self.check_pixels(pixels, text)
+        if tuple(pixels.shape[2:]) != self.sample_shape:
+            raise VargenError(f"pixels of {tuple(pixels.shape[2:])}: a pyramid's levels belong to its size {self.sample_shape}")
+        coarse = self.space.levels[:-1] if self.config.source == "pixels" else ()
+        sizes = [[side * m // n for side, m, n in zip(self.sample_shape, grid, self.space.shape)] for grid in coarse]
+        small = [F.interpolate(pixels, size, mode="bicubic", align_corners=False, antialias=True) for size in sizes]
+        return [*(image.clamp(-1, 1) for image in small), pixels]
+
+    @staticmethod
+    def _draws(noise: Noise | None, level: int) -> Noise | None:
+        return None if noise is None else noise.at(level)
+
     def encode(self, pixels: Tensor, text: TextFeatures | None = None, noise: Noise | None = None) -> Tensor:
         """Tokens ``(B, num_tokens, C)``, level after level, of pixels ``(B, 3, H, W)`` of the configured size.
 
         Raises:
             VargenError: pixels of another size.
         """
-        self.check_pixels(pixels, text)
-        if tuple(pixels.shape[2:]) != self.sample_shape:
-            raise VargenError(f"pixels of {tuple(pixels.shape[2:])}: a pyramid's levels belong to its size {self.sample_shape}")
-
-        def draws(level: int) -> Noise | None:
-            return None if noise is None else noise.at(level)
-
-        finest = self.base.encode(pixels, text, draws(len(self.space.levels) - 1))
-        coarse = []
-        for number, grid in enumerate(self.space.levels[:-1]):
-            if self.config.source == "latents":
-                averaged = F.adaptive_avg_pool2d(finest.permute(0, 3, 1, 2), grid).permute(0, 2, 3, 1)
-                coarse.append(averaged)
-                continue
-            size = [side * m // n for side, m, n in zip(pixels.shape[2:], grid, self.space.shape)]
-            small = F.interpolate(pixels, size, mode="bicubic", align_corners=False, antialias=True).clamp(-1, 1)
-            coarse.append(self.base.encode(small, text, draws(number)))
-        return torch.cat([level.flatten(1, 2) for level in (*coarse, finest)], dim=1)
+        images = self._images(pixels, text)
+        if self.config.source == "latents":
+            return self.levels_of(self.base.encode(images[-1], text, self._draws(noise, len(self.space.levels) - 1)))
+        levels = [self.base.encode(image, text, self._draws(noise, number)) for number, image in enumerate(images)]
+        return torch.cat([level.flatten(1, 2) for level in levels], dim=1)
 
     def decode(self, tokens: Tensor, text: TextFeatures | None = None, noise: Noise | None = None) -> Tensor:
         """Pixels of the finest level of tokens ``(B, num_tokens, C)``."""

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from vargen.data.folder import ImageFolder, read_image
+from vargen.data.folder import ImageFolder, center_crop, read_image
 from vargen.errors import DataError
 
 
@@ -169,3 +169,28 @@ def test_kinds_of_images(tmp_path):
         read_image(tmp_path / "float.tif")
     _picture(tmp_path / "sliver" / "x.png", size=(1, 900))
     assert ImageFolder(tmp_path / "sliver", size=16)[0]["pixels"].shape == (3, 16, 16)
+
+
+@pytest.mark.parametrize("shape, size", [((50, 37), 25), ((37, 50), 25), ((130, 90), 25), ((20, 15), 32), ((1, 900), 16)])
+def test_center_crops_are_those_of_the_field(shape, size):
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (*shape, 3), dtype=np.uint8))
+    whole = picture
+    while min(whole.size) >= 2 * size:
+        whole = whole.resize((whole.width // 2, whole.height // 2), Image.Resampling.BOX)
+    scale = size / min(whole.size)
+    whole = whole.resize((round(whole.width * scale), round(whole.height * scale)), Image.Resampling.BICUBIC)
+    left, top = (whole.width - size) // 2, (whole.height - size) // 2
+    expected = np.asarray(whole.crop((left, top, left + size, top + size)), dtype=int)
+    difference = np.abs(np.asarray(center_crop(picture, size), dtype=int) - expected)
+    assert difference.max() <= 1
+    assert (difference > 0).mean() < 0.01
+
+
+def test_exact_items_are_never_replaced(folder):
+    _break(folder / "cat" / "0.png")
+    data = ImageFolder(folder, size=16)
+    assert data[0]["class_label"] == 0
+    with pytest.raises(DataError, match=r"0\.png.*cannot be decoded"):
+        data.exact(0)
+    assert data.item_name(1) == "cat/1.png"
+    assert torch.equal(data.exact(1)["pixels"], data[1]["pixels"])

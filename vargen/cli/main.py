@@ -9,12 +9,14 @@ from typing import Annotated
 import typer
 
 from vargen import __version__
+from vargen.cli.bench import bench
 from vargen.cli.convert import convert
 from vargen.cli.evaluate import evaluate
 from vargen.cli.models import models
 from vargen.cli.order import order
 from vargen.cli.reconstruct import reconstruct
 from vargen.cli.sample import sample
+from vargen.cli.tokenize import tokenize
 from vargen.cli.train import train
 from vargen.errors import VargenError
 
@@ -27,7 +29,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-for command in (sample, reconstruct, models, train, evaluate, convert, order):
+for command in (sample, reconstruct, models, tokenize, train, evaluate, convert, order, bench):
     app.command()(command)
 
 

@@ -19,6 +19,7 @@ SPLITS = ("train", "test")
 
 # name -> module and class; nothing is imported before it is asked for
 DATASETS: dict[str, tuple[str, str]] = {
+    "cache": ("vargen.data.cache", "CachedTokens"),
     "digits": ("vargen.data.digits", "Digits"),
     "folder": ("vargen.data.folder", "ImageFolder"),
     "photos": ("vargen.data.photos", "Photos"),
@@ -52,6 +53,14 @@ class VisualDataset(ABC):
             ``pixels`` float32 in [-1, 1], ``(3, H, W)`` or ``(3, T, H, W)``; ``class_label`` int; ``caption`` str if
             ``has_captions``.
         """
+
+    def exact(self, index: int, epoch: int = 0) -> Item:
+        """As :meth:`get`, but an item whose file is broken raises DataError where :meth:`get` gives another one in its place."""
+        return self.get(index, epoch)
+
+    def item_name(self, index: int) -> str:
+        """What the item is called wherever it stands in the set: its file below the root, or its number."""
+        return str(index)
 
     @property
     @abstractmethod

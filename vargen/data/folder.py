@@ -44,7 +44,8 @@ class ImageFolder(VisualDataset):
         root: the folder.
         size: image side in pixels.
         split: ``train``, ``test`` or ``all``.
-        crop: ``center``, or ``random``: the short side resized to 1 to 1.25 times ``size``, then cropped anywhere.
+        crop: ``center``, the field's (:func:`center_crop`), or ``random``: the short side resized to 1 to 1.25 times ``size``, then
+            cropped anywhere.
         flip: mirror half of the items.
         holdout: share of test images where the folder has no split of its own.
         classes: class names in the order of their labels, where the sorted order is not the wanted one.
@@ -191,11 +192,24 @@ class ImageFolder(VisualDataset):
                 reason = list(self.skipped.values())[-1]
                 logger.warning("%s: skipped '%s': it %s (%d so far)", self.root, path.name, reason, len(self.skipped))
             if media is not None:
-                item: Item = {"pixels": self._pixels(media, index, epoch), "class_label": label}
-                if self.has_captions:
-                    item["caption"] = self._caption(path)
-                return item
+                return self._item(media, path, index, epoch)
         raise DataError(f"'{self.root}': every {self.noun} of class '{self.classes[label]}' is broken; remove it or mend its files")
+
+    def exact(self, index: int, epoch: int = 0) -> Item:
+        path = self.files[index]
+        try:
+            return self._item(self._load(path, index, epoch), path, index, epoch)
+        except DataError as error:
+            raise DataError(f"{self.noun} '{path}' {error}") from error
+
+    def _item(self, media: Any, path: Path, index: int, epoch: int) -> Item:
+        item: Item = {"pixels": self._pixels(media, index, epoch), "class_label": int(self._labels[index])}
+        if self.has_captions:
+            item["caption"] = self._caption(path)
+        return item
+
+    def item_name(self, index: int) -> str:
+        return self.files[index].relative_to(self.root).as_posix()
 
     def _caption(self, path: Path) -> str:
         key = path.relative_to(self.root).as_posix()
@@ -206,14 +220,14 @@ class ImageFolder(VisualDataset):
 
     def _crop(self, image: Image.Image, index: int, epoch: int) -> Tensor:
         u = Noise(self.seed, [index]).uniform("folder/crop", (4,), at=(epoch,))[0].tolist()
-        short = self.size if self.crop == "center" else round(self.size * (1 + 0.25 * u[0]))
-        # the crop's box in the file's own pixels, so that an extreme aspect ratio never becomes a huge intermediate image
-        side = min(image.size) * self.size / short
-        at = (0.5, 0.5) if self.crop == "center" else (u[1], u[2])
-        left, top = at[0] * (image.width - side), at[1] * (image.height - side)
-        cropped = image.resize((self.size, self.size), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
-        pixels = torch.from_numpy(np.array(cropped))
-        pixels = pixels.permute(2, 0, 1).float() / 127.5 - 1
+        if self.crop == "center":
+            cropped = center_crop(image, self.size)
+        else:
+            # the crop's box in the file's own pixels, so that an extreme aspect ratio never becomes a huge intermediate image
+            side = min(image.size) * self.size / round(self.size * (1 + 0.25 * u[0]))
+            left, top = u[1] * (image.width - side), u[2] * (image.height - side)
+            cropped = image.resize((self.size, self.size), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
+        pixels = torch.from_numpy(np.array(cropped)).permute(2, 0, 1).float() / 127.5 - 1
         return pixels.flip(-1) if self.flip and u[3] < 0.5 else pixels
 
     def verify(self) -> dict[str, str]:
@@ -249,6 +263,29 @@ def read_image(path: str | os.PathLike[str]) -> Image.Image:
         raise
     except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, zlib.error and more
         raise DataError(f"cannot be decoded ({' '.join(str(error).split())[:120] or type(error).__name__})") from error
+
+
+def center_crop(image: Image.Image, size: int) -> Image.Image:
+    """The middle square of an image whose short side is resized to ``size``, as in ADM (Dhariwal and Nichol 2021) and its heirs.
+
+    The image is halved by box filtering as long as its short side is at least ``2 * size``, then resized by bicubic filtering.
+    """
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = size / min(image.size)
+    width, height = (round(side * scale) for side in image.size)
+    x, y = image.width / width, image.height / height
+    left, top = (width - size) // 2 * x, (height - size) // 2 * y
+    # columns, then rows, as Pillow resizes a whole image; only of the square, as the whole of a very long image may not fit into
+    # memory
+    margin = math.ceil(2 * max(y, 1)) + 1
+    first, last = max(math.floor(top) - margin, 0), min(math.ceil(top + size * y) + margin, image.height)
+    strip = image.crop((0, first, image.width, last))
+    strip = strip.resize(
+        (size, strip.height), Image.Resampling.BICUBIC, box=(left, 0, min(left + size * x, strip.width), strip.height)
+    )
+    rows = (top - first, min(top - first + size * y, strip.height))
+    return strip.resize((size, size), Image.Resampling.BICUBIC, box=(0, rows[0], size, rows[1]))
 
 
 def _split_folders(root: Path) -> dict[str, Path]:

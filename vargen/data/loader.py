@@ -50,11 +50,15 @@ def batch_indices(seed: int, step: int, batch_size: int, n: int, rank: int = 0, 
 
 
 def collate(items: list[Item]) -> Batch:
-    """Items to a batch: ``pixels`` ``(B, 3, ...)``, ``class_labels`` int64 ``(B,)`` and ``captions`` list[str] if there are any."""
-    batch: Batch = {
-        "pixels": torch.stack([item["pixels"] for item in items]),
-        "class_labels": torch.tensor([item["class_label"] for item in items]),
-    }
+    """Items to a batch.
+
+    ``pixels`` ``(B, 3, ...)``, or what caches hold in their place: ``tokens`` or ``moments``, and ``text_features`` with
+    ``text_mask``; ``class_labels`` int64 ``(B,)``; ``captions`` list[str] if there are any.
+    """
+    batch: Batch = {"class_labels": torch.tensor([item["class_label"] for item in items])}
+    for key in ("pixels", "tokens", "moments", "text_features", "text_mask"):
+        if key in items[0]:
+            batch[key] = torch.stack([item[key] for item in items])
     if "caption" in items[0]:
         batch["captions"] = [item["caption"] for item in items]
     return batch

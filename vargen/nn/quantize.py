@@ -19,6 +19,11 @@ from vargen.nn.sync import all_sum, from_first
 from vargen.noise import Noise, as_noise
 
 
+# buffers of a quantiser that only its training reads, and the arguments that make them; encoding and decoding do without
+TRAINING_STATE = frozenset(("recent", "idle_steps", "ema_counts", "ema_sums", "usage_average"))
+TRAINING_ARGUMENTS = {"usage_window": 0, "revive_after": None, "ema_decay": None, "clustering_decay": None}
+
+
 @dataclass(frozen=True)
 class QuantizerOutput:
     """What a quantiser returns.
@@ -264,12 +269,16 @@ class FSQ(nn.Module):
 
     Args:
         levels: number of levels of every channel.
+        usage_window: see :class:`VectorQuantizer`.
     """
 
     counts: Tensor
     basis: Tensor
+    recent: Tensor
 
-    def __init__(self, levels: Sequence[int] = (8, 8, 8, 5, 5, 5), *, shift: str = "atanh", margin: float = 1e-3) -> None:
+    def __init__(
+        self, levels: Sequence[int] = (8, 8, 8, 5, 5, 5), *, shift: str = "atanh", margin: float = 1e-3, usage_window: int = 0
+    ) -> None:
         super().__init__()
         if not levels or min(levels) < 2:
             raise ConfigError(f"FSQ levels {list(levels)}: expected at least one, each of 2 or more")
@@ -280,6 +289,8 @@ class FSQ(nn.Module):
         # integers, so that casting the model to a lower precision leaves the grid alone
         self.register_buffer("counts", torch.tensor(levels, dtype=torch.int64), persistent=False)
         self.register_buffer("basis", torch.tensor([1, *levels[:-1]], dtype=torch.int64).cumprod(0), persistent=False)
+        if usage_window:
+            self.register_buffer("recent", torch.full((usage_window,), -1))
 
     def bound(self, z: Tensor) -> Tensor:
         """Latents ``(..., D)`` squashed into the range of their levels, float32."""
@@ -306,7 +317,11 @@ class FSQ(nn.Module):
             bounded = self.bound(z)
             codes = straight_through(bounded.round(), bounded) / (self.counts // 2)
             indices = self.index(codes.detach())
-        return QuantizerOutput(codes.to(z.dtype), indices, {}, codebook_statistics(indices, self.codebook_size))
+        counted = self.training and "recent" in self._buffers
+        if counted:
+            self.recent.copy_(torch.cat([self.recent, indices.reshape(-1)])[-len(self.recent) :])
+        statistics = codebook_statistics(indices, self.codebook_size, self.recent if counted else None)
+        return QuantizerOutput(codes.to(z.dtype), indices, {}, statistics)
 
     def extra_repr(self) -> str:
         return f"levels={self.levels}"
