@@ -76,6 +76,11 @@ class TokenizerTask(Task):
                     "this tokenizer takes captions: set text_encoder.path, e.g. google/flan-t5-base, or text_encoder.words"
                 )
             self.fixed = (self.text_encoder,)
+        if self.text_encoder is not None and not self.dataset.has_captions:
+            raise ConfigError(
+                f"{type(self.tokenizer).__name__} learns from captions, and the data set '{config.dataset.name}' has none: "
+                f"choose one that has, such as shapes or a folder with caption files"
+            )
 
     def models(self) -> dict[str, VisualTokenizer]:
         return {"tokenizer": self.tokenizer}

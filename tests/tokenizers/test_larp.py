@@ -4,6 +4,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from vargen.condition import TextFeatures
 from vargen.errors import CheckpointError, ConfigError, SpaceError, VargenError
 from vargen.noise import Noise
 from vargen.official.larp_tokenizer import load
@@ -170,6 +171,8 @@ def test_wrong_tokens_and_pixels_are_named(clip):
         model.decode(torch.full((1, 5), 32))
     with pytest.raises(VargenError, match="5 frames"):
         model.decode(torch.zeros(1, 5, dtype=torch.long), frames=5)
+    with pytest.raises(VargenError, match="takes no text"):
+        model.encode(clip, text=TextFeatures(torch.zeros(2, 3, 1), torch.ones(2, 3, dtype=torch.bool)))
     clip[0, 0, 0, 0, 0] = float("nan")
     with pytest.raises(VargenError, match="NaN"):
         model.encode(clip)

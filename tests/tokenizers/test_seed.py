@@ -142,6 +142,8 @@ def test_second_stage_starts_from_the_first(tmp_path, pixels):
     assert second.config.embedder is None
     with pytest.raises(CheckpointError, match="embedder"):
         make(embedder=str(tmp_path), dim=24)
+    with pytest.raises(CheckpointError, match="no such directory"):
+        make(embedder=str(tmp_path / "nowhere"))
 
 
 def test_captions():
@@ -167,6 +169,8 @@ def test_decoding_needs_a_pixel_decoder(pixels):
     with pytest.raises(VargenError, match="UnCLIPDecoder"):
         model.decode(ids)
     asked = {}
+    with pytest.raises(TypeError, match="guidance"):
+        model.decode(ids, guidance=3.0)
 
     def paint(embeddings, noise=None, **options):
         asked.update(options, embeddings=embeddings)
@@ -178,6 +182,7 @@ def test_decoding_needs_a_pixel_decoder(pixels):
     assert torch.equal(asked["embeddings"], model.embed(ids))
     assert torch.equal(asked["negative"], model.embed(ids.flip(0)))
     assert asked["guidance_scale"] == 3.0
+    assert set(asked) == {"embeddings", "negative", "guidance_scale"}
 
 
 def test_errors(pixels):
@@ -294,6 +299,7 @@ def test_official_file(tmp_path, pixels):
     ids = model.encode(pixels)
     assert torch.equal(loaded.encode(pixels), ids)
     assert torch.equal(loaded.embed(ids), model.embed(ids))
+    assert load(tmp_path / "seed_quantizer.pt", **HEADS, unclip="owner/unclip").config.unclip == "owner/unclip"
 
 
 def test_official_image_encoder_of_its_own(tmp_path, pixels):

@@ -105,6 +105,8 @@ def test_errors(tmp_path, model, pixels):
         UnCLIPDecoder.from_pretrained(tmp_path)
     with pytest.raises(VargenError, match=r"\(B, 8\)"):
         UnCLIPDecoder(model.pipeline())(torch.zeros(1, 9))
+    with pytest.raises(VargenError, match="num_inference_steps 0"):
+        UnCLIPDecoder(model.pipeline())(torch.zeros(1, 8), num_inference_steps=0)
     with pytest.raises(VargenError, match="multiples of 2"):
         UnCLIPDecoder(model.pipeline())(torch.zeros(1, 8), height=15)
     with pytest.raises(SpaceError):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import re
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from vargen.checkpoint import load_strictly
 from vargen.condition import TextFeatures
-from vargen.errors import ConfigError, SpaceError
+from vargen.errors import CheckpointError, ConfigError, SpaceError
 from vargen.model import TokenizerOutput
 from vargen.nn.mlp import MLP
 from vargen.nn.quantize import QuantizerOutput, VectorQuantizer
@@ -166,6 +167,8 @@ class SeedTokenizer(CausalEmbedder):
             self.image_head = ReverseQFormerHead(embedding_tokens, dim, head_depth, heads, mlp_hidden, embedding_dim, dropout)
         self.pixel_decoder: EmbeddingDecoder | None = None
         if embedder is not None:
+            if not Path(embedder).is_dir():
+                raise CheckpointError(f"embedder '{embedder}': no such directory; train SEED's first stage (SeedEmbedder) before")
             self._take_over(SeedEmbedder.from_pretrained(embedder))
             # the weights are this model's own from here on
             self.register_to_config(embedder=None)
@@ -198,11 +201,28 @@ class SeedTokenizer(CausalEmbedder):
         """Code vectors ``(B, num_queries, code_dim)`` to the embedding."""
         return self.image_head(self.image_decoder(self.from_code(codes)))
 
-    def decode(self, tokens: Tensor, text: TextFeatures | None = None, noise: Noise | None = None, **options: Any) -> Tensor:
-        """Ids ``(B, num_queries)`` to pixels, drawn by ``pixel_decoder`` with ``noise`` and its own ``options``.
+    def decode(
+        self,
+        tokens: Tensor,
+        text: TextFeatures | None = None,
+        noise: Noise | None = None,
+        *,
+        negative_tokens: Tensor | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        noise_level: int | None = None,
+        height: int | None = None,
+        width: int | None = None,
+    ) -> Tensor:
+        """Ids ``(B, num_queries)`` to pixels, drawn by ``pixel_decoder`` with ``noise``.
+
+        Args:
+            negative_tokens: ids of images to steer away from.
+            num_inference_steps, guidance_scale, noise_level, height, width: as of
+                :class:`~vargen.tokenizers.seed.unclip.UnCLIPDecoder`, whose defaults hold where they are left out.
 
         Raises:
-            VargenError: there is no pixel decoder.
+            VargenError: there is no pixel decoder, or it is made for embeddings of another width.
         """
         self.check_text(text, tokens.shape[0])
         embedding = self.embed(tokens)
@@ -210,10 +230,15 @@ class SeedTokenizer(CausalEmbedder):
             self.pixel_decoder = load_decoder(self.config.unclip, self.device)
         if self.pixel_decoder is None:
             raise no_pixels("decode")
-        negative = options.pop("negative_tokens", None)
-        if negative is not None:
-            options["negative"] = self.embed(negative)
-        return self.pixel_decoder(embedding, noise, **options)
+        options = {
+            "negative": None if negative_tokens is None else self.embed(negative_tokens),
+            "num_inference_steps": num_inference_steps,
+            "guidance_scale": guidance_scale,
+            "noise_level": noise_level,
+            "height": height,
+            "width": width,
+        }
+        return self.pixel_decoder(embedding, noise, **{name: value for name, value in options.items() if value is not None})
 
     @torch.no_grad()
     def scores(self, pixels: Tensor, text: TextFeatures | None = None, noise: Noise | None = None) -> dict[str, Tensor]:

@@ -68,10 +68,14 @@ class UnCLIPDecoder:
 
     All draws are addressed noise: the latent an image starts from and the blur of its embedding. The pipeline's scheduler must be
     one without noise of its own, as the released one is.
+
+    Args:
+        pipeline: the loaded pipeline; only its parts are used.
+        guidance_scale: where a call names none; 1 is no guidance.
     """
 
-    def __init__(self, pipeline: Any) -> None:
-        self.pipeline = pipeline
+    def __init__(self, pipeline: Any, guidance_scale: float = 10.0) -> None:
+        self.pipeline, self.guidance_scale = pipeline, guidance_scale
 
     @classmethod
     def from_pretrained(
@@ -105,7 +109,7 @@ class UnCLIPDecoder:
         *,
         negative: Tensor | None = None,
         num_inference_steps: int = 20,
-        guidance_scale: float = 10.0,
+        guidance_scale: float | None = None,
         noise_level: int = 0,
         height: int | None = None,
         width: int | None = None,
@@ -114,7 +118,7 @@ class UnCLIPDecoder:
 
         Args:
             negative: embeddings ``(B, C)`` to steer away from; none by default.
-            guidance_scale: 1 is no guidance.
+            guidance_scale: 1 is no guidance; the decoder's own by default.
             noise_level: of the embedding, 0 the least.
             height, width: in pixels; by default what the UNet was trained at.
         """
@@ -125,6 +129,9 @@ class UnCLIPDecoder:
         height, width = (size or unet.config.sample_size * stride for size in (height, width))
         if height % stride or width % stride:
             raise VargenError(f"size {height}x{width}: expected multiples of {stride}")
+        if num_inference_steps < 1:
+            raise VargenError(f"num_inference_steps {num_inference_steps}: expected at least 1")
+        guidance_scale = self.guidance_scale if guidance_scale is None else guidance_scale
         batch, device, dtype = len(embeddings), unet.device, unet.dtype
         noise = as_noise(noise, batch, device)
         conditions = guidance_conditions(

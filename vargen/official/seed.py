@@ -101,6 +101,7 @@ def load(
     vision_heads: int | None = None,
     heads: int | None = None,
     decoder_heads: int = 12,
+    unclip: str | None = None,
 ) -> SeedTokenizer | SeedEmbedder:
     """SEED from its released file or a training checkpoint, sizes read from the tensors.
 
@@ -108,6 +109,8 @@ def load(
         base: files with the frozen parts that ``path`` lacks, such as ``eva_vit_g.pth``; ``path`` wins where both have a tensor.
         vision_heads, heads: attention heads of the image encoder and the Q-Formers; by default of 88 and 64 channels as released.
         decoder_heads: of the blocks behind the codebook.
+        unclip: directory or hub id of the pipeline that the tokenizer is to draw with, such as
+            ``stabilityai/stable-diffusion-2-1-unclip``; remembered, and loaded when it first draws.
 
     Returns:
         A SeedEmbedder for a checkpoint of the first stage, which has a projection of text, else a SeedTokenizer.
@@ -121,6 +124,10 @@ def load(
     if "visual_encoder.cls_token" not in state:
         raise CheckpointError(f"'{path}' holds no image encoder: pass base=[the path of eva_vit_g.pth]")
     model_class, config = read_config(state, vision_heads, heads, decoder_heads)
+    if unclip is not None:
+        if model_class is SeedEmbedder:
+            raise CheckpointError(f"'{path}' is of the first stage, whose embeddings no unCLIP draws: leave unclip out")
+        config["unclip"] = unclip
     model = model_class(**config)
     ignore = IGNORE if model_class is SeedEmbedder else (*IGNORE, *TEXT)
     renamed = {k: v for k, v in rename_keys(state).items() if not any(re.fullmatch(p, k) for p in ignore)}
