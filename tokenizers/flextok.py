@@ -75,6 +75,7 @@ class FlexTok(VisualTokenizer):
         flow_weight: of the flow's loss.
         repa_layer, repa_dim, repa_hidden: the patches after this block pass a projector of that hidden width to ``repa_dim``
             channels, ``features["repa_teacher"]``, to be aligned with a teacher's (REPA, arXiv 2410.06940); None for no projector.
+        usage_window: see :class:`vargen.nn.quantize.VectorQuantizer`.
     """
 
     @register_to_config
@@ -102,6 +103,7 @@ class FlexTok(VisualTokenizer):
         repa_layer: int = 1,
         repa_dim: int | None = None,
         repa_hidden: int = 2048,
+        usage_window: int = 0,
     ) -> None:
         super().__init__()
         if nested not in NESTED:
@@ -118,7 +120,7 @@ class FlexTok(VisualTokenizer):
         grid = (sample_size // side, sample_size // side)
         shared: dict[str, Any] = {"head_dim": head_dim, "code_dim": len(levels), "positions": positions}
         self.encoder = RegisterEncoder(channels, patch_size, grid, num_registers, encoder_dim, encoder_depth, **shared)
-        self.quantizer = FSQ(levels)
+        self.quantizer = FSQ(levels, usage_window=usage_window)
         self.decoder = FlowDecoder(
             channels,
             patch_size,

@@ -82,6 +82,16 @@ def test_usage_is_counted_over_the_last_indices():
     assert torch.equal(quantizer.recent, before)
 
 
+def test_scalar_codes_are_counted_over_the_last_indices_too():
+    fsq = FSQ((2, 2), usage_window=4)
+    points = fsq.lookup(torch.arange(4)) * 20
+    assert fsq(points[None, [0, 1]]).statistics["codebook_usage"] == 0.5
+    assert fsq(points[None, [2]]).statistics["dead_codes"] == 1
+    assert fsq.recent.tolist() == [-1, 0, 1, 2]
+    assert fsq.eval()(points[None, [3]]).statistics["codebook_usage"] == 0.25
+    assert fsq.recent.tolist() == [-1, 0, 1, 2]
+
+
 def test_moving_averages_follow_the_latents():
     quantizer = VectorQuantizer(2, 2, ema_decay=0.5)
     with torch.no_grad():
