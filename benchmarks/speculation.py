@@ -3,95 +3,174 @@
     vargen train digits/drafter
     python benchmarks/speculation.py digits --drafter outputs/train/digits-drafter/final
 
-Rows: plain decoding, lossless trees, LANTERN over k and its additive bound, LANTERN++ over k and its ratio. Every row draws the
-same number of images with the same seed, one at a time, as speculation does.
+Rows: plain decoding; lossless trees, dynamic and static; LANTERN over k and its additive bound; LANTERN++ over k and its ratio; and
+drafts without a drafter (Jacobi), lossless and relaxed. All rows draw the same samples, one at a time as speculation does, in turns
+of a few, so that a change of load meets all of them. Every seed is a run of its own; what is drawn is kept under ``--work``, so
+that a run that was stopped goes on where it was.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import platform
+import statistics
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from vargen import EagleDrafter
+from vargen.bench.device import describe
 from vargen.checkpoint import atomic_write
 from vargen.data.base import build_dataset
+from vargen.decoding.acceptance import Acceptance, Relaxation
+from vargen.decoding.jacobi import Jacobi
 from vargen.decoding.lantern import Lantern
 from vargen.decoding.neighbors import neighbor_table
+from vargen.decoding.speculative import Speculation
 from vargen.metrics.evaluate import evaluate_images
 from vargen.metrics.features import load_feature_net
 from vargen.noise import Noise
 from vargen.sample.load import load_pipeline
 
 STATIC = "naive_extend_57"
+PLAIN = "plain"
+TURN = 10
+# k and bound of the relaxed rows; LANTERN's own k = 1000 is a sixteenth of its codebook, as 8 is of the digits'
+ADDITIVE = [(8, 0.05), (8, 0.1), (8, 0.2), (8, 0.4), (32, 0.1), (32, 0.2), (32, 0.4)]
+RATIOS = [(8, 2.0), (10, 5.0), (5, 10.0), (5, 20.0)]
 
 
-def settings(table: torch.Tensor, drafter: Any) -> dict[str, Lantern | None]:
+def decodings(drafter: EagleDrafter, table: Tensor) -> dict[str, Speculation | None]:
     """The rows of the table, by name."""
-    rows: dict[str, Lantern | None] = {
-        "plain": None,
+    rows: dict[str, Speculation | None] = {
+        PLAIN: None,
         "lossless, dynamic tree": Lantern(drafter),
         "lossless, static tree": Lantern(drafter, tree=STATIC),
+        "lossless, chain of 5": Lantern(drafter, tree="chain_5"),
     }
-    for k in (10, 100):
-        for delta in (0.1, 0.4):
-            rows[f"LANTERN k={k} delta={delta}"] = Lantern(drafter, table, k, delta=delta)
-    for k, ratio in ((10, 5.0), (5, 10.0), (5, 20.0)):
-        rows[f"LANTERN++ k={k} lambda={ratio:g}"] = Lantern(drafter, table, k, ratio=ratio, tree=STATIC)
+    for k, delta in ADDITIVE:
+        rows[f"LANTERN, k={k}, δ={delta:g}"] = Lantern(drafter, table, k, delta=delta)
+    for k, ratio in RATIOS:
+        rows[f"LANTERN++, k={k}, λ={ratio:g}"] = Lantern(drafter, table, k, ratio=ratio, tree=STATIC)
+    rows["lossless, Jacobi"] = Speculation(Jacobi(), Acceptance())
+    rows["Jacobi, k=10, λ=5"] = Speculation(Jacobi(), Acceptance(Relaxation(table, 10, ratio=5.0)))
     return rows
 
 
-def measure(pipe: Any, decoding: Lantern | None, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Draws ``--samples`` images one by one."""
-    pixels, per_pass = [], []
+def draw(pipe: Any, decoding: Speculation | None, seed: int, number: int) -> dict[str, Tensor]:
+    """One sample: its tokens, processor seconds of this process, and passes."""
     options = {} if decoding is None else {"decoding": decoding}
-    pipe(class_labels=[0], generator=0, **options)
-    started = time.perf_counter()
-    for i in range(arguments.samples):
-        label = i % pipe.model.num_classes
-        pixels.append(pipe(class_labels=[label], generator=Noise(1, [i]), output_type="pt", **options).images)
-        per_pass.append(1.0 if decoding is None else decoding.statistics.tokens_per_round)
-    seconds = time.perf_counter() - started
-    images = torch.cat(pixels).clamp(-1, 1)
-    reference = build_dataset(arguments.model, size=images.shape[-1], split="test")
-    labels = torch.arange(arguments.samples) % pipe.model.num_classes
-    report = evaluate_images(images, reference, load_feature_net(arguments.model), labels=labels)
+    label = number % pipe.model.num_classes
+    condition, _ = pipe.condition(class_labels=[label])
+    guidance, sampling = settings(pipe)
+    started = time.process_time()
+    tokens = pipe.model.generate(condition, noise=Noise(seed, [number]), guidance=guidance, sampling=sampling, **options)
+    seconds = time.process_time() - started
+    total = pipe.model.space.num_tokens
+    passes = [total, 0, 0] if decoding is None else [
+        decoding.statistics.target_passes, decoding.statistics.draft_passes, decoding.statistics.rounds
+    ]  # fmt: skip
+    return {"tokens": tokens.int(), "seconds": torch.tensor([seconds]), "passes": torch.tensor([passes])}
+
+
+def settings(pipe: Any) -> tuple[Any, Any]:
+    from vargen import Guidance, Sampling
+
+    given = pipe.config.defaults
+    sampling = Sampling(given["temperature"], given["top_k"], given["top_p"])
+    return Guidance(given["guidance_scale"], schedule=given["guidance_schedule"]), sampling
+
+
+def draw_all(pipe: Any, rows: dict[str, Speculation | None], seed: int, samples: int, work: Path) -> dict[str, dict[str, Tensor]]:
+    """``samples`` of every row, in turns; what an earlier run has kept is not drawn again."""
+    kept: dict[str, dict[str, Tensor]] = {}
+    files = {name: work / f"seed-{seed}" / f"{number:02d}.safetensors" for number, name in enumerate(rows)}
+    for name, file in files.items():
+        if file.is_file():
+            kept[name] = load_file(file)
+    for name, decoding in rows.items():
+        if len(kept.get(name, {"tokens": ()})["tokens"]) < samples:
+            draw(pipe, decoding, seed, 0)
+    for start in range(0, samples, TURN):
+        for name, decoding in rows.items():
+            done = kept.get(name)
+            if done is not None and len(done["tokens"]) > start:
+                continue
+            new = [draw(pipe, decoding, seed, number) for number in range(start, min(start + TURN, samples))]
+            parts = [*([done] if done else []), *new]
+            kept[name] = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+            atomic_write(files[name], lambda path, name=name: save_file(kept[name], path))
+        print(f"seed {seed}: {start + TURN} samples", flush=True)
+    return kept
+
+
+def judge(pipe: Any, name: str, drawn: dict[str, Tensor], samples: int) -> dict[str, float]:
+    """Distance and accuracy of a row's samples."""
+    with torch.no_grad():
+        images = torch.cat([pipe.visual_tokenizer.decode(part.long()) for part in drawn["tokens"][:samples].split(50)]).clamp(-1, 1)
+    reference = build_dataset(name, size=images.shape[-1], split="test")
+    labels = torch.arange(samples) % pipe.model.num_classes
+    report = evaluate_images(images, reference, load_feature_net(name), labels=labels)
+    seconds, passes = drawn["seconds"][:samples], drawn["passes"][:samples].double()
+    total = pipe.model.space.num_tokens
     return {
-        "tokens_per_target_pass": sum(per_pass) / len(per_pass),
-        "ms_per_image": 1000 * seconds / arguments.samples,
+        # the first token comes from the pass over the prefix, as it does in plain decoding
+        "tokens_per_target_pass": float(total / passes[:, 0].mean()),
+        "draft_passes_per_target_pass": float(passes[:, 1].sum() / passes[:, 0].sum()),
+        "processor_milliseconds_per_image": 1000 * float(seconds.mean()),
         "frechet_distance": report["frechet_distance"],
         "floor": report["frechet_floor_same_sizes"],
         "conditional_accuracy": report["conditional_accuracy"],
     }
 
 
+def table(results: dict[str, list[dict[str, float]]]) -> str:
+    """Markdown; plus or minus is the standard deviation over seeds."""
+    lines = ["| decoding | tokens per target pass | time against plain | Fréchet distance | accuracy |", "|---|---|---|---|---|"]
+    for name, runs in results.items():
+
+        def spread(key: str, digits: int, scale: float = 1.0, runs: list[dict[str, float]] = runs) -> str:
+            values = [scale * run[key] for run in runs]
+            error = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+            return f"{statistics.mean(values):.{digits}f}{error}"
+
+        cells = [spread("tokens_per_target_pass", 2), spread("time_ratio", 2), spread("frechet_distance", 2)]
+        lines.append("| " + " | ".join([name, *cells, spread("conditional_accuracy", 1, 100) + " %"]) + " |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", choices=["digits"])
     parser.add_argument("--drafter", required=True, help="directory of a trained drafter")
-    parser.add_argument("--samples", type=int, default=200)
+    parser.add_argument("--samples", type=int, default=200, help="for every seed")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--rows", help="only rows whose name contains this (plain decoding always)")
+    parser.add_argument("--work", type=Path, default=Path("outputs/speculation"))
     parser.add_argument("--output", default="benchmarks/results/speculation-digits.json")
     arguments = parser.parse_args()
     pipe = load_pipeline(arguments.model)
-    pipe.set_progress_bar_config(disable=True)
     drafter = EagleDrafter.from_pretrained(arguments.drafter).to(pipe.model.device).eval()
-    table = neighbor_table(pipe.visual_tokenizer, 101)
-    results: dict[str, dict[str, Any]] = {}
-    print("| decoding | tokens per target pass | ms per image | time against plain | Fréchet distance | accuracy |")
-    print("|---|---|---|---|---|---|")
-    for name, decoding in settings(table, drafter).items():
-        results[name] = row = measure(pipe, decoding, arguments)
-        row["time_ratio"] = row["ms_per_image"] / results["plain"]["ms_per_image"]
-        cells = [f"{row['tokens_per_target_pass']:.2f}", f"{row['ms_per_image']:.0f}", f"{row['time_ratio']:.2f}"]
-        cells += [f"{row['frechet_distance']:.2f}", f"{100 * row['conditional_accuracy']:.1f} %"]
-        print("| " + " | ".join([name, *cells]) + " |", flush=True)
-    environment = {"torch": torch.__version__, "threads": torch.get_num_threads(), "machine": platform.machine(), "device": "cpu"}
-    record = {"model": arguments.model, "samples": arguments.samples, "environment": environment, "results": results}
-    atomic_write(arguments.output, lambda path: path.write_text(json.dumps(record, indent=2) + "\n") and None)
+    rows = decodings(drafter, neighbor_table(pipe.visual_tokenizer, 33))
+    if arguments.rows:
+        rows = {name: way for name, way in rows.items() if name == PLAIN or arguments.rows in name}
+    results: dict[str, list[dict[str, float]]] = {name: [] for name in rows}
+    for seed in arguments.seeds:
+        drawn = draw_all(pipe, rows, seed, arguments.samples, arguments.work)
+        for name in rows:
+            results[name].append(judge(pipe, arguments.model, drawn[name], arguments.samples))
+            plain = results[PLAIN][-1]["processor_milliseconds_per_image"]
+            results[name][-1]["time_ratio"] = results[name][-1]["processor_milliseconds_per_image"] / plain
+    environment = describe(pipe.model.device)
+    budget = {"samples": arguments.samples, "seeds": arguments.seeds}
+    record = {"model": arguments.model, **budget, "sampling": dict(pipe.config.defaults), **environment, "results": results}
+    content = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
+    atomic_write(arguments.output, lambda path: path.write_text(content) and None)
+    print(table(results))
 
 
 if __name__ == "__main__":
