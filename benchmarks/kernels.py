@@ -83,7 +83,7 @@ def cases(device: torch.device, dtype: torch.dtype) -> dict[str, list[Case]]:
 
 
 def median(call: Callable[[], object], device: torch.device, repeats: int, calls: int = 10) -> float:
-    """Seconds of one call among ``calls`` in a row, as in a decoding loop, which waits for none of them; after two that do not count."""
+    """Seconds of one call among ``calls`` in a row, as in a decoding loop, which waits for none; after two that do not count."""
 
     def several() -> None:
         for _ in range(calls):
