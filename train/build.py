@@ -11,31 +11,50 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from vargen.checkpoint import check_model_directory
+from vargen.checkpoint import check_model_directory, load_strictly
 from vargen.config import check_keys
-from vargen.data.base import VisualDataset
+from vargen.data.base import VisualDataset, build_dataset
+from vargen.data.cache import CachedTokens
 from vargen.data.loader import ordered_batches
 from vargen.errors import CheckpointError, ConfigError
 from vargen.model import Generator, VisualTokenizer
+from vargen.nn.quantize import TRAINING_ARGUMENTS, TRAINING_STATE, VectorQuantizer
 from vargen.registry import PUBLIC, load_public, system
 from vargen.sample.load import load_tokenizer, resolve
 from vargen.text import WordEncoder, load_text_encoder, split_words
+from vargen.tokenizers.frames import FrameTokenizer
 from vargen.tokenizers.pyramid import PyramidTokenizer
 
 # captions that a word encoder's vocabulary is collected from
 VOCABULARY_SAMPLES = 4096
 
 
+def build_data(config: Any) -> tuple[VisualDataset, VisualDataset]:
+    """Training and held-out data of a recipe.
+
+    What ``validation.dataset`` leaves out is as in ``dataset``, except for the split, which is ``test`` by default. A validation
+    set of another kind (pictures beside a cache) shares nothing with the training set.
+    """
+    training, validation = plain(config.dataset), plain(config.validation.dataset)
+    another = validation.get("name", training.get("name")) != training.get("name")
+    return build_dataset(training), build_dataset({**({} if another else training), "split": "test", **validation})
+
+
 def build_tokenizer(config: Mapping[str, Any], dataset: VisualDataset) -> VisualTokenizer:
     """A fresh tokenizer of a system and preset with constructor arguments ``config``, or the one saved at ``path``.
+
+    ``config`` changes arguments of a saved one as far as its weights allow, such as those that only training needs
+    (``revive_after``), which finished tokenizers do not keep.
 
     Raises:
         ConfigError: neither or both, a system that is no tokenizer, or sizes that differ from the data's.
     """
     if (config["system"] is None) == (config["path"] is None):
         raise ConfigError("model: give exactly one of system (a fresh tokenizer) and path (one to train further)")
+    if isinstance(dataset, CachedTokens):
+        raise ConfigError("data set 'cache' holds tokens: a tokenizer learns from pictures, name the set that they come from")
     if config["path"] is not None:
-        tokenizer = load_tokenizer(str(config["path"]), device="cpu")
+        tokenizer = rebuilt(load_tokenizer(str(config["path"]), device="cpu"), config["config"])
     else:
         fresh = system(str(config["system"])).load_class()
         # a tokenizer that embeds words itself (SEED's first stage) takes those of the data unless the recipe says otherwise
@@ -87,12 +106,29 @@ def build_generator(config: Mapping[str, Any], tokenizer: VisualTokenizer, datas
     return generator
 
 
+def for_videos(tokenizer: VisualTokenizer, dataset: VisualDataset) -> VisualTokenizer:
+    """The tokenizer, frame by frame if it is one of images and the data are videos."""
+    if tokenizer.video or len(dataset.sample_shape) == 2:
+        return tokenizer
+    frames, *size = dataset.sample_shape
+    return FrameTokenizer.of(tokenizer, frames, size)
+
+
 def with_levels(tokenizer: VisualTokenizer, generator: Generator) -> VisualTokenizer:
     """The tokenizer, made a pyramid if the generator models several levels of its continuous tokens."""
     levels = generator.space.levels
     if len(levels) == 1 or tokenizer.space.discrete or tokenizer.space.levels != levels[-1:]:
         return tokenizer
     return PyramidTokenizer.of(tokenizer, levels, generator.coarse_from)
+
+
+def require_cache(dataset: VisualDataset, held_out: VisualDataset, tokenizer: VisualTokenizer, text_encoder: Any) -> None:
+    """Raises DataError or SpaceError unless those of the data sets that are caches were made by these models."""
+    averaged = isinstance(tokenizer, PyramidTokenizer) and tokenizer.config.source == "latents"
+    for data in (dataset, held_out):
+        if isinstance(data, CachedTokens):
+            # levels that are averages of the finest tokens are made as these are read
+            data.require(tokenizer.base if averaged else tokenizer, text_encoder)  # type: ignore[arg-type]
 
 
 def load_generator(path: str) -> Generator:
@@ -149,6 +185,46 @@ def frames(pixels: Tensor) -> Tensor:
         return pixels
     chosen = torch.linspace(0, pixels.shape[2] - 1, 4).round().long()
     return pixels[:, :, chosen].transpose(1, 2).flatten(0, 1)
+
+
+def rebuilt(tokenizer: VisualTokenizer, changes: Mapping[str, Any]) -> VisualTokenizer:
+    """The tokenizer with some constructor arguments changed and all its weights; state that only training needs starts afresh.
+
+    Raises:
+        ConfigError: an unknown argument.
+        CheckpointError: weights that do not fit the changed model.
+    """
+    if not changes:
+        return tokenizer
+    check_keys(changes, sorted(type(tokenizer)._get_init_keys(type(tokenizer))), f"model.config of {type(tokenizer).__name__}")
+    changed = type(tokenizer)(**{**tokenizer.config_dict(), **changes})
+    own = {key: value for key, value in changed.state_dict().items() if _of_training(key)}
+    weights = {key: value for key, value in tokenizer.state_dict().items() if not _of_training(key)}
+    load_strictly(changed, {**own, **weights}, source="the saved tokenizer with model.config changed")
+    for module in changed.modules():
+        if isinstance(module, VectorQuantizer) and module.ema_decay is not None:
+            # the averages go on from the codes that were learned
+            module.ema_sums.copy_(module.codes.detach())
+    return changed
+
+
+def finished(tokenizer: VisualTokenizer, weights: Mapping[str, Tensor]) -> VisualTokenizer:
+    """A copy with ``weights`` and without what only training needs: counters of usage and revival, moving averages of codes."""
+    copy = type(tokenizer)(**_without_training(tokenizer.config_dict()))
+    load_strictly(copy, {key: value for key, value in weights.items() if not _of_training(key)}, source="the trained tokenizer")
+    return copy.eval()
+
+
+def _without_training(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Constructor arguments, also those of a base tokenizer inside, that make no training state."""
+    return {
+        key: TRAINING_ARGUMENTS[key] if key in TRAINING_ARGUMENTS else _without_training(value) if key == "base" else value
+        for key, value in arguments.items()
+    }
+
+
+def _of_training(key: str) -> bool:
+    return key.rpartition(".")[2] in TRAINING_STATE
 
 
 def copy_with(model: Any, name: str, state: dict[str, Tensor]) -> Any:

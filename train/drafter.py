@@ -13,13 +13,12 @@ from vargen.backbones.causal import CausalGenerator
 from vargen.backbones.drafter import EagleDrafter, target_states
 from vargen.condition import Condition
 from vargen.config import check_keys
-from vargen.data.base import build_dataset
 from vargen.data.loader import Batch, ordered_batches
 from vargen.errors import ConfigError
 from vargen.model import VargenModel
 from vargen.noise import Noise
 from vargen.sample.load import load_pipeline
-from vargen.train.build import plain
+from vargen.train.build import build_data, plain, require_cache
 from vargen.train.card import write_card
 from vargen.train.generator import GeneratorTask
 from vargen.train.loop import TRAINING
@@ -34,7 +33,7 @@ SCHEMA: dict[str, Any] = {
     "dataset": {},
     "validation": {"dataset": {}, "samples": 512},
     "target": None,
-    "tokens": {"cache": False, "views": 1},
+    "tokens": {"cache": False, "views": 1, "sample": True},
     "model": {"config": {}, "path": None},
     "losses": {"state_noise": 0.2, "probability_weight": 0.1},
     "export": {"dtype": "float32"},
@@ -60,8 +59,8 @@ class DrafterTask(GeneratorTask):
         if not isinstance(pipeline.model, CausalGenerator):
             raise ConfigError(f"target '{config.target}' is a {type(pipeline.model).__name__}: expected a next-token generator")
         self.target, self.tokenizer, self.text_encoder = pipeline.model, pipeline.visual_tokenizer, pipeline.text_encoder
-        self.dataset = build_dataset(plain(config.dataset))
-        self.held_out = build_dataset({**plain(config.dataset), "split": "test", **plain(config.validation.dataset)})
+        self.dataset, self.held_out = build_data(config)
+        require_cache(self.dataset, self.held_out, self.tokenizer, self.text_encoder)
         self.kinds = self.target.conditioning
         if "context" in self.kinds:
             raise ConfigError("drafters of frame prediction: data sets give no pairs of clips to learn from")
@@ -80,7 +79,7 @@ class DrafterTask(GeneratorTask):
     def losses(self, network: nn.Module, batch: Batch, noise: Noise, step: int) -> dict[str, Tensor]:
         tokens = self.tokens(batch, noise).flatten(1)
         labels = batch["class_labels"].to(self.device) if "class" in self.kinds else None
-        features = self.features(batch["captions"]) if "text" in self.kinds else None
+        features = self.features(batch) if "text" in self.kinds else None
         drop = noise.uniform("condition_dropout") < self.target.condition_dropout
         states = target_states(self.target, tokens, Condition(class_labels=labels, text=features), drop)
         return network(states, tokens, self.target, noise, **plain(self.config.losses))
@@ -91,7 +90,7 @@ class DrafterTask(GeneratorTask):
         samples, size = self.config.validation.samples, self.config.training.batch_size
         count = 0
         for number, batch in enumerate(ordered_batches(self.held_out, size, samples)):
-            rows = len(batch["pixels"])
+            rows = len(batch["class_labels"])
             for name, value in self.losses(self.network, batch, Noise(0, rows, self.device).at(number), 0).items():
                 totals[name] = totals.get(name, 0.0) + rows * float(value)
             count += rows

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,17 +11,31 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
+from vargen.clips import check_given, continuation
 from vargen.condition import Condition, TextFeatures
-from vargen.data.base import VisualDataset, build_dataset
+from vargen.data.base import VisualDataset
+from vargen.data.cache import CachedTokens
 from vargen.data.loader import Batch, batch_indices, ordered_batches, training_batches
 from vargen.errors import ConfigError
 from vargen.guidance import Guidance
 from vargen.model import Generator, Sampling, VargenModel
-from vargen.noise import Noise
+from vargen.noise import ModalNoise, Noise
 from vargen.pipeline import VisualARPipeline
 from vargen.sample.load import load_tokenizer
 from vargen.text import WordEncoder
-from vargen.train.build import build_generator, build_text_encoder, copy_with, frames, plain, with_levels
+from vargen.tokenizers.pyramid import PyramidTokenizer
+from vargen.train.build import (
+    build_data,
+    build_generator,
+    build_text_encoder,
+    copy_with,
+    finished,
+    for_videos,
+    frames,
+    plain,
+    require_cache,
+    with_levels,
+)
 from vargen.train.card import write_card
 from vargen.train.loop import TRAINING
 from vargen.train.optim import LR_SCHEDULER, OPTIMIZER
@@ -33,7 +48,8 @@ SCHEMA: dict[str, Any] = {
     "dataset": {},
     "validation": {"dataset": {}, "samples": 512, "pictures": 16},
     "tokenizer": None,
-    "tokens": {"cache": False, "views": 1},
+    "tokens": {"cache": False, "views": 1, "sample": True},  # sample: draw where the tokenizer draws, or take its mode
+    "given_frames": None,  # of models that continue clips: how many frames they are given
     "model": {"system": None, "preset": None, "config": {}, "path": None},
     "text_encoder": {"path": None, "max_length": None, "words": None},
     "sampling": {
@@ -66,15 +82,15 @@ class GeneratorTask(Task):
         self.config, self.command = config, command
         if config.tokenizer is None:
             raise ConfigError("tokenizer: expected the directory of a trained tokenizer, a bundled name or a hub id")
-        self.tokenizer = load_tokenizer(str(config.tokenizer), device="cpu")
-        self.dataset = build_dataset(plain(config.dataset))
-        self.held_out = build_dataset({**plain(config.dataset), "split": "test", **plain(config.validation.dataset)})
+        self.dataset, self.held_out = build_data(config)
+        self.tokenizer = for_videos(load_tokenizer(str(config.tokenizer), device="cpu"), self.dataset)
         self.text_encoder = build_text_encoder(plain(config.text_encoder), self.dataset)
         model = build_generator(plain(config.model), self.tokenizer, self.dataset, self.text_encoder)
         self.tokenizer = with_levels(self.tokenizer, model)
         self.kinds = model.conditioning
-        self._check_condition(model)
         trained = config.text_encoder.words is not None
+        self._check_condition(model)
+        require_cache(self.dataset, self.held_out, self.tokenizer, None if trained else self.text_encoder)
         self.network = _Network(model, self.text_encoder if trained else None)
         self.fixed = [self.tokenizer] + ([self.text_encoder] if self.text_encoder is not None and not trained else [])
         self.cache: TokenCache | None = None
@@ -88,6 +104,15 @@ class GeneratorTask(Task):
             raise ConfigError(
                 f"the data set has {self.dataset.num_classes} classes, the model {model.num_classes}: set model.config.num_classes"
             )
+
+        if "context" in self.kinds or self.config.given_frames is not None:
+            check_given(model, self.tokenizer, int(self.config.given_frames or 1))
+        if "context" in self.kinds and (self.config.tokens.cache or isinstance(self.dataset, CachedTokens)):
+            raise ConfigError(
+                "frame prediction from a context encodes the given frames of every clip: train it from videos, not a cache"
+            )
+        if self.config.tokens.cache and isinstance(self.dataset, CachedTokens):
+            raise ConfigError("tokens.cache encodes pictures, but the data set is a cache already: leave one of them out")
 
     def models(self) -> dict[str, VargenModel]:
         models: dict[str, VargenModel] = {"model": self.network.model}
@@ -104,28 +129,47 @@ class GeneratorTask(Task):
             return training_batches(self.dataset, batch_size, seed, start, rank, world, num_workers)
         return self.cache.batches(seed, start, batch_size, rank, world)
 
-    def features(self, captions: list[str]) -> TextFeatures | None:
-        """Features of a frozen text encoder, None where there is none."""
+    def features(self, batch: Batch) -> TextFeatures | None:
+        """Features of the captions by a frozen text encoder, computed or cached; None where there is none."""
         if self.text_encoder is None or self.network.text_encoder is not None:
             return None
-        return self.text_encoder.encode(captions).to(self.device)
+        if "text_features" in batch:
+            return TextFeatures(batch["text_features"], batch["text_mask"]).to(self.device)
+        return self.text_encoder.encode(batch["captions"]).to(self.device)
 
     @torch.no_grad()
     def tokens(self, batch: Batch, noise: Noise) -> Tensor:
-        """Tokens of a batch: encoded from its pixels, or one of the cached views."""
+        """Tokens of a batch: encoded from its pixels, drawn from cached posteriors, or as they were cached."""
         if "views" in batch:
             view = noise.integers("view", batch["views"].shape[1])
             chosen = batch["views"][torch.arange(len(view)), view.to(batch["views"].device)].to(self.device)
             return chosen.long() if self.tokenizer.space.discrete else chosen
-        text = self.features(batch["captions"]) if self.tokenizer.takes_text else None
-        return self.tokenizer.encode(batch["pixels"].to(self.device), text, noise)
+        noise = noise if self.config.tokens.sample else ModalNoise(noise.batch_size, self.device)
+        if "pixels" in batch:
+            text = self.features(batch) if self.tokenizer.takes_text else None
+            return self.tokenizer.encode(batch["pixels"].to(self.device), text, noise)
+        if "moments" in batch:
+            return self.tokenizer.tokens_of(batch["moments"].to(self.device).float(), noise)
+        tokens = batch["tokens"].to(self.device)
+        if self.tokenizer.space.discrete:
+            return tokens.long()
+        several = isinstance(self.tokenizer, PyramidTokenizer) and self.tokenizer.config.source == "latents"
+        return self.tokenizer.levels_of(tokens.float()) if several else tokens.float()
+
+    def context(self, batch: Batch) -> Tensor | None:
+        """Tokens of the given frames, for models that look at them as another clip."""
+        if "context" not in self.kinds:
+            return None
+        given = batch["pixels"][:, :, : int(self.config.given_frames or 1)]
+        return continuation(self.network.model, self.tokenizer, given).context
 
     def losses(self, network: nn.Module, batch: Batch, noise: Noise, step: int) -> dict[str, Tensor]:
         tokens = self.tokens(batch, noise)
         labels = batch["class_labels"].to(self.device) if "class" in self.kinds else None
         captions = batch["captions"] if "text" in self.kinds else None
-        features = self.features(captions) if captions is not None else None
-        return network(tokens, labels, captions, features, noise, max(step - 1, 0) / max(self.total_steps, 1))
+        features = self.features(batch) if captions is not None else None
+        progress = max(step - 1, 0) / max(self.total_steps, 1)
+        return network(tokens, labels, captions, features, self.context(batch), noise, progress)
 
     def validate(self) -> dict[str, float]:
         """Mean loss over held-out samples, with the same random choices at every call."""
@@ -133,38 +177,42 @@ class GeneratorTask(Task):
         for number, batch in enumerate(
             ordered_batches(self.held_out, self.config.training.batch_size, self.config.validation.samples)
         ):
-            size = len(batch["pixels"])
+            size = len(batch["class_labels"])
             total += size * float(self.losses(self.network, batch, Noise(0, size, self.device).at(number), 0)["loss"])
             count += size
         return {"loss": total / count}
 
     def preview(self) -> Tensor:
-        """Samples at the recipe's sampling settings: classes in turn, or the first held-out captions."""
-        count, settings = int(self.config.validation.pictures), self.config.sampling
+        """Samples at the recipe's sampling settings: classes in turn, or the first held-out captions or clips."""
+        count, settings, model = int(self.config.validation.pictures), self.config.sampling, self.network.model
         batch = next(ordered_batches(self.held_out, count, count))
-        count = len(batch["pixels"])
+        count = len(batch["class_labels"])
         labels = torch.arange(count, device=self.device) % self.dataset.num_classes if "class" in self.kinds else None
         text = None
         if "text" in self.kinds:
             trained = self.network.text_encoder
-            text = trained.encode(batch["captions"]) if trained is not None else self.features(batch["captions"])
+            text = trained.encode(batch["captions"]) if trained is not None else self.features(batch)
+        condition = Condition(class_labels=labels, text=text)
+        if self.config.given_frames is not None:
+            given = continuation(model, self.tokenizer, batch["pixels"][:, :, : int(self.config.given_frames)])
+            condition = replace(condition, tokens=given.tokens, context=given.context)
         noise = Noise(0, count, self.device)
-        tokens = self.network.model.generate(
-            Condition(class_labels=labels, text=text),
+        tokens = model.generate(
+            condition,
             batch_size=count,
             noise=noise,
             guidance=Guidance(settings.guidance_scale, schedule=settings.guidance_schedule),
             sampling=Sampling(settings.temperature, settings.top_k, settings.top_p),
             **plain(settings.options),
         )
-        painted_text = self.features(batch["captions"]) if self.tokenizer.takes_text else None
+        painted_text = self.features(batch) if self.tokenizer.takes_text else None
         return frames(self.tokenizer.decode(tokens, painted_text, noise))
 
     def export(self, folder: Path, state: dict[str, Tensor], facts: Facts) -> None:
         dtype = getattr(torch, str(self.config.export.dtype))
         # not by diffusers' own `to`, which warns of modules to keep in float32 even where there are none
         parts = {name: nn.Module.to(copy_with(model, name, state), dtype) for name, model in self.models().items()}
-        tokenizer = nn.Module.to(copy_with(self.tokenizer, "", self.tokenizer.state_dict()), dtype)
+        tokenizer = nn.Module.to(finished(self.tokenizer, self.tokenizer.state_dict()), dtype)
         settings = plain(self.config.sampling)
         pipeline = VisualARPipeline(
             model=parts["model"],
@@ -190,13 +238,15 @@ class _Network(nn.Module):
         labels: Tensor | None,
         captions: list[str] | None,
         features: TextFeatures | None,
+        context: Tensor | None,
         noise: Noise,
         progress: float,
     ) -> dict[str, Tensor]:
         if captions is not None and self.text_encoder is not None:
             features = self.text_encoder.encode(captions)
         schedule = {"progress": progress} if self.model.scheduled else {}
-        return self.model.training_losses(tokens, Condition(class_labels=labels, text=features), noise, **schedule)
+        condition = Condition(class_labels=labels, text=features, context=context)
+        return self.model.training_losses(tokens, condition, noise, **schedule)
 
 
 class TokenCache:

@@ -12,14 +12,13 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from vargen.condition import TextFeatures
-from vargen.data.base import build_dataset
 from vargen.data.loader import Batch, ordered_batches
 from vargen.errors import ConfigError
 from vargen.losses.objective import TokenizerObjective
 from vargen.model import TokenizerOutput, VisualTokenizer
 from vargen.nn.quantize import codebook_statistics
 from vargen.noise import Noise
-from vargen.train.build import build_text_encoder, build_tokenizer, copy_with, frames, plain
+from vargen.train.build import build_data, build_text_encoder, build_tokenizer, finished, frames, plain
 from vargen.train.card import write_card
 from vargen.train.loop import TRAINING
 from vargen.train.optim import LR_SCHEDULER, OPTIMIZER
@@ -61,8 +60,7 @@ class TokenizerTask(Task):
     def __init__(self, config: DictConfig, command: str = "vargen train") -> None:
         torch.manual_seed(config.seed)
         self.config, self.command = config, command
-        self.dataset = build_dataset(plain(config.dataset))
-        self.held_out = build_dataset({**plain(config.dataset), "split": "test", **plain(config.validation.dataset)})
+        self.dataset, self.held_out = build_data(config)
         self.tokenizer = build_tokenizer(plain(config.model), self.dataset)
         self.network = _Network(self.tokenizer)
         self.objective = TokenizerObjective(**plain(config.objective))
@@ -144,10 +142,10 @@ class TokenizerTask(Task):
 
     def export(self, folder: Path, state: dict[str, Tensor], facts: Facts) -> None:
         weights = {k.removeprefix("tokenizer."): v for k, v in state.items()}
-        finished = copy_with(self.tokenizer, "", weights).to(self.device)
-        if not finished.space.discrete:
-            finished.calibrate(self._tokens(finished))
-        write_model(folder, finished, weights)
+        tokenizer = finished(self.tokenizer, weights).to(self.device)
+        if not tokenizer.space.discrete:
+            tokenizer.calibrate(self._tokens(tokenizer))
+        write_model(folder, tokenizer, tokenizer.state_dict())
         if self.text_encoder is not None and self.text_encoder is not self.tokenizer.text_encoder:
             self.text_encoder.save_pretrained(folder / "text_encoder")
         panels = [panel for panel in (self.reference(), self.preview()) if panel is not None]
