@@ -1,0 +1,181 @@
+"""Continuous speculative decoding of one masked generator by a smaller one: acceptance, passes, time and distance, in one run.
+
+    python benchmarks/continuous_speculation.py digits --target outputs/train/digits-mar-target/final \\
+        --draft outputs/train/digits-mar-draft/final
+
+Rows: target and draft alone, the target alone with as few passes as speculation takes, the published rule over its window and its
+inner temperature, and the exact rule. All rows draw samples of the same seeds. The exact rule works on one sample after the other,
+the other rows on batches, and time is that of one processor thread. What is drawn is kept under ``--work``, so that a run that was
+stopped goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from vargen import Guidance
+from vargen.bench.device import describe
+from vargen.checkpoint import atomic_write
+from vargen.data.base import build_dataset
+from vargen.decoding.continuous import ContinuousSpeculation
+from vargen.metrics.evaluate import evaluate_images
+from vargen.metrics.features import load_feature_net
+from vargen.noise import Noise
+from vargen.sample.load import load_pipeline
+
+PLAIN, EXACT = "target alone", "exact rule"
+WINDOW = 4
+
+
+@dataclass
+class Row:
+    """One way to make the images: which pipeline, in how many steps, with what driver."""
+
+    pipe: Any
+    steps: int
+    decoding: ContinuousSpeculation | None = None
+    batch_size: int = 50
+
+
+def ways(target: Any, draft: Any, steps: int, exact_steps: int) -> dict[str, Row]:
+    """The rows of the table, by name."""
+    rows = {
+        f"{PLAIN}, {steps} steps": Row(target, steps),
+        f"draft alone, {steps} steps": Row(draft, steps),
+        f"{PLAIN}, {steps // WINDOW} steps": Row(target, steps // WINDOW),
+    }
+    for window, temperature in ((WINDOW, 1.0), (WINDOW, 42.0), (WINDOW, 1000.0), (8, 42.0)):
+        way = ContinuousSpeculation(draft.model, num_draft=window, inner_temperature=temperature)
+        rows[f"published rule, window {window}, T={temperature:g}"] = Row(target, steps, way)
+    if exact_steps not in (steps, steps // WINDOW):
+        rows[f"{PLAIN}, {exact_steps} steps"] = Row(target, exact_steps)
+    exact = ContinuousSpeculation(draft.model, rule="exact", num_draft=1)
+    rows[f"{EXACT}, {exact_steps} steps"] = Row(target, exact_steps, exact, batch_size=5)
+    return rows
+
+
+@torch.no_grad()
+def draw(row: Row, seed: int, numbers: Tensor) -> dict[str, Tensor]:
+    """Tokens of some samples, processor seconds, and counts of the driver, all per sample."""
+    model, defaults = row.pipe.model, dict(row.pipe.config.defaults)
+    condition, size = row.pipe.condition(class_labels=numbers % model.num_classes)
+    started = time.process_time()
+    tokens = model.generate(
+        condition,
+        noise=Noise(seed, numbers),
+        guidance=Guidance(defaults["guidance_scale"], schedule=defaults["guidance_schedule"]),
+        steps=row.steps,
+        **({} if row.decoding is None else {"decoding": row.decoding}),
+    )
+    seconds = (time.process_time() - started) / size
+    counts = [row.steps, 0, 0, 0]
+    if row.decoding is not None:
+        seen = row.decoding.statistics
+        # the exact rule counts the passes of all samples, the published one those of the batch
+        each = size if row.decoding.rule == "exact" else 1
+        counts = [seen.target_passes / each, seen.draft_passes / each, seen.tested / size, seen.accepted / size]
+    return {"tokens": tokens, "seconds": torch.full((size,), seconds), "counts": torch.tensor([counts] * size)}
+
+
+def draw_all(rows: dict[str, Row], seed: int, samples: int, work: Path) -> dict[str, dict[str, Tensor]]:
+    """``samples`` of every row; what an earlier run has kept is not drawn again."""
+    kept = {}
+    for number, (name, row) in enumerate(rows.items()):
+        file = work / f"seed-{seed}" / f"{number:02d}.safetensors"
+        parts = [load_file(file)] if file.is_file() else []
+        done = len(parts[0]["tokens"]) if parts else 0
+        if done < samples:
+            draw(row, seed, torch.arange(1))
+        for start in range(done, samples, row.batch_size):
+            parts.append(draw(row, seed, torch.arange(start, min(start + row.batch_size, samples))))
+            parts = [{key: torch.cat([part[key] for part in parts]) for key in parts[0]}]
+            atomic_write(file, lambda path, part=parts[0]: save_file(part, path))
+        kept[name] = {key: value[:samples] for key, value in parts[0].items()}
+        print(f"seed {seed}: {name}", flush=True)
+    return kept
+
+
+@torch.no_grad()
+def judge(row: Row, name: str, drawn: dict[str, Tensor]) -> dict[str, float]:
+    """Distance, accuracy, passes and time of a row's samples."""
+    images = torch.cat([row.pipe.visual_tokenizer.decode(part) for part in drawn["tokens"].split(50)]).clamp(-1, 1)
+    labels = torch.arange(len(images)) % row.pipe.model.num_classes
+    reference = build_dataset(name, size=images.shape[-1], split="test")
+    report = evaluate_images(images, reference, load_feature_net(name), labels=labels)
+    target_passes, draft_passes, tested, accepted = drawn["counts"].double().mean(0).tolist()
+    return {
+        "target_passes": target_passes,
+        "draft_passes": draft_passes,
+        "tokens_per_target_pass": row.pipe.model.space.num_tokens / target_passes,
+        **({"acceptance_rate": accepted / tested} if tested else {}),
+        "processor_milliseconds_per_image": 1000 * float(drawn["seconds"].mean()),
+        "frechet_distance": report["frechet_distance"],
+        "floor": report["frechet_floor_same_sizes"],
+        "conditional_accuracy": report["conditional_accuracy"],
+    }
+
+
+def table(results: dict[str, list[dict[str, float]]]) -> str:
+    """Markdown; plus or minus is the standard deviation over seeds."""
+    lines = [
+        "| decoding | accepted | target passes | tokens per target pass | time against target | Fréchet distance | accuracy |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, runs in results.items():
+
+        def spread(key: str, digits: int, scale: float = 1.0, runs: list[dict[str, float]] = runs) -> str:
+            values = [scale * run[key] for run in runs if key in run]
+            error = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+            return f"{statistics.mean(values):.{digits}f}{error}" if values else ""
+
+        accepted = spread("acceptance_rate", 1, 100)
+        cells = [f"{accepted} %" if accepted else "", spread("target_passes", 1), spread("tokens_per_target_pass", 2)]
+        cells += [spread("time_ratio", 2), spread("frechet_distance", 2), spread("conditional_accuracy", 1, 100) + " %"]
+        lines.append("| " + " | ".join([name, *cells]) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("dataset", choices=["digits"])
+    parser.add_argument("--target", required=True, help="pipeline of a masked generator with a diffusion head")
+    parser.add_argument("--draft", required=True, help="pipeline of a smaller one, with the same tokenizer")
+    parser.add_argument("--steps", type=int, default=64)
+    parser.add_argument("--exact-steps", type=int, default=16, help="steps of the exact rule, and of a row to compare it with")
+    parser.add_argument("--samples", type=int, default=200, help="for every seed")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--work", type=Path, default=Path("outputs/continuous-speculation"))
+    parser.add_argument("--output", default="benchmarks/results/continuous-speculation-digits.json")
+    arguments = parser.parse_args()
+    target, draft = load_pipeline(arguments.target), load_pipeline(arguments.draft)
+    rows = ways(target, draft, arguments.steps, arguments.exact_steps)
+    results: dict[str, list[dict[str, float]]] = {name: [] for name in rows}
+    for seed in arguments.seeds:
+        drawn = draw_all(rows, seed, arguments.samples, arguments.work)
+        for name, row in rows.items():
+            results[name].append(judge(row, arguments.dataset, drawn[name]))
+            same = results[f"{PLAIN}, {row.steps if row.pipe is target else arguments.steps} steps"][-1]
+            ratio = results[name][-1]["processor_milliseconds_per_image"] / same["processor_milliseconds_per_image"]
+            results[name][-1]["time_ratio"] = ratio
+    parameters = {"target": target.model.num_parameters_, "draft": draft.model.num_parameters_}
+    budget = {"samples": arguments.samples, "seeds": arguments.seeds}
+    sampling = {k: v for k, v in dict(target.config.defaults).items() if k != "steps"}
+    record = {"dataset": arguments.dataset, **budget, "parameters": parameters, "sampling": sampling}
+    record |= {**describe(target.model.device), "results": results}
+    content = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
+    atomic_write(arguments.output, lambda path: path.write_text(content) and None)
+    print(table(results))
+
+
+if __name__ == "__main__":
+    main()
