@@ -116,7 +116,11 @@ def device_name(device: torch.device) -> str:
 
 def slug(device: torch.device) -> str:
     """The device's name as a file's: ``nvidia-h200``, or ``cpu``."""
-    return re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-") if device.type == "cuda" else "cpu"
+    return slugged(device_name(device)) if device.type == "cuda" else "cpu"
+
+
+def slugged(name: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def describe(device: torch.device) -> dict[str, Any]:

@@ -3,20 +3,41 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+import sys
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from vargen.bench.device import slug
+from vargen.bench.device import slug, slugged
 from vargen.checkpoint import atomic_write
+from vargen.errors import DataError
 
 
 def write(record: Mapping[str, Any], output: Path, device: torch.device) -> Path:
     """Writes a record as JSON to a file, or into a folder (given as such, or by its trailing slash) as ``<device>.json``."""
     file = output / f"{slug(device)}.json" if output.is_dir() else output
     atomic_write(file, lambda path: path.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n") and None)
+    return file
+
+
+def collect(folder: Path, output: Path, failed: Sequence[str] = ()) -> Path:
+    """Joins the records in ``folder`` into one file ``<device>.json`` in ``output``, each under the name of its file.
+
+    Raises:
+        DataError: there is none, or they are of different devices.
+    """
+    records = {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("*.json"))}
+    names = {record["device"]["name"] for record in records.values()}
+    if len(names) != 1:
+        raise DataError(f"records of {len(names)} devices in '{folder}': expected those of one")
+    first = next(iter(records.values()))
+    common = {key: first[key] for key in ("device", "versions", "platform")}
+    parts = {name: {k: v for k, v in record.items() if k not in common} for name, record in records.items()}
+    kind = first["device"]["type"]
+    file = output / f"{slugged(first['device']['name']) if kind == 'cuda' else kind}.json"
+    write({**common, "failed": list(failed), **parts}, file, torch.device(kind))
     return file
 
 
@@ -85,3 +106,8 @@ def _number(value: float) -> str:
 
 def _of_ceiling(row: Mapping[str, Any], key: str, unit: float) -> str:
     return f"{_number(row[key] / unit)} ({100 * row[f'share_of_{key}']:.0f} %)" if key in row else ""
+
+
+if __name__ == "__main__":
+    print(collect(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:]))
+    sys.exit(1 if sys.argv[3:] else 0)

@@ -42,7 +42,7 @@ class Uncached:
         for index, step in enumerate(steps):
             count, codes = int(step.inputs[-1]) + 1, tokens - model.token_offset
             whole = model.sequence(codes.repeat(rows, 1), stacked, drop, torch.arange(count))
-            logits = mix(model, tuple(hidden[:, -len(step.inputs) :] for hidden in whole), step)
+            logits = mix(model, tuple(hidden[:, -len(step.inputs) :] for hidden in whole), step.source.to(model.device))
             progress = Progress(index, len(steps), step.known, step.known + len(step.targets), layout.order.num_cells)
             cond, null = (logits, None) if rows == 1 else logits.chunk(2)
             targets = step.targets.to(model.device)
