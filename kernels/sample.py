@@ -28,7 +28,7 @@ def inverse_cdf(probs: Tensor, uniform: Tensor) -> Tensor:
     return torch.minimum(index, last)
 
 
-def guided_logits(cond: Tensor, null: Tensor | None, scale: float) -> Tensor:
+def guided_logits(cond: Tensor, null: Tensor | None, scale: float | Tensor) -> Tensor:
     """``null + scale * (cond - null)`` in float32; a token that is forbidden (-inf) in either row stays forbidden."""
     cond = cond.float()
     if null is None:
@@ -78,7 +78,7 @@ def check_sample(cond: Tensor, null: Tensor | None, uniform: Tensor, top_p: floa
 def guided_sample(
     cond: Tensor,
     null: Tensor | None,
-    scale: float,
+    scale: float | Tensor,
     uniform: Tensor,
     temperature: float = 1.0,
     top_k: int = 0,
@@ -93,7 +93,7 @@ def guided_sample(
     Args:
         cond: ``(B, T, V)`` logits under the condition.
         null: ``(B, T, V)`` logits without it, or None for no guidance.
-        scale: guidance scale; unused without ``null``.
+        scale: guidance scale, a number or one on the device, float32 of one element; unused without ``null``.
         uniform: ``(B, T)`` draws in [0, 1), float32 or float64; unused if ``greedy``.
         temperature, top_k, top_p: see :func:`filter_logits`.
         greedy: take the largest logit (the first of equal ones) instead of drawing.

@@ -71,13 +71,14 @@ def _weights(
 
 @triton.jit
 def _guided_sample(
-    out_ptr, cond_ptr, null_ptr, uniform_ptr, V, top_k, scale, temperature, top_p,
+    out_ptr, cond_ptr, null_ptr, uniform_ptr, scale_ptr, V, top_k, temperature, top_p,
     GREEDY: tl.constexpr, TOP_K: tl.constexpr, TOP_P: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     cond_ptr += row * V
     if null_ptr is not None:
         null_ptr += row * V
+    scale = tl.load(scale_ptr)
 
     largest = tl.full((), -float("inf"), tl.float32)
     best = tl.zeros((), tl.int32)
@@ -163,7 +164,7 @@ def _guided_sample(
 def guided_sample(
     cond: Tensor,
     null: Tensor | None,
-    scale: float,
+    scale: float | Tensor,
     uniform: Tensor,
     temperature: float = 1.0,
     top_k: int = 0,
@@ -175,10 +176,12 @@ def guided_sample(
     batch, length, vocabulary = cond.shape
     tokens = torch.empty(batch, length, dtype=torch.int64, device=cond.device)
     block = min(triton.next_power_of_2(vocabulary), _MAX_BLOCK)
+    # a scale on the device may change from call to call of a captured graph
+    scale = scale.float() if isinstance(scale, Tensor) else torch.full((), scale, dtype=torch.float32, device=cond.device)
     if tokens.numel():
         _guided_sample[(tokens.numel(),)](
-            tokens, cond.contiguous(), None if null is None else null.contiguous(), uniform.contiguous(),
-            vocabulary, top_k, float(scale), 1.0 if greedy else float(max(temperature, MIN_TEMPERATURE)), float(top_p),
+            tokens, cond.contiguous(), None if null is None else null.contiguous(), uniform.contiguous(), scale,
+            vocabulary, top_k, 1.0 if greedy else float(max(temperature, MIN_TEMPERATURE)), float(top_p),
             GREEDY=greedy, TOP_K=0 < top_k < vocabulary, TOP_P=top_p < 1.0, BLOCK=block,
             num_warps=8 if block > 1024 else 4,
         )  # fmt: skip

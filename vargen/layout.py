@@ -35,6 +35,24 @@ class Step:
 
 
 @dataclass(frozen=True, eq=False)
+class Slots:
+    """Slots that a pass feeds, on the model's device.
+
+    Attributes:
+        index: int64 ``(n,)``.
+        prefix: how many of them, the first ones, are prefix slots.
+        extra: int64 ``(n,)``, number of the learned extra token of each, -1 for none; None if no slot has one.
+    """
+
+    index: Tensor
+    prefix: int = 0
+    extra: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+
+@dataclass(frozen=True, eq=False)
 class Layout:
     """Slots of a causal or block-causal sequence.
 
@@ -77,6 +95,11 @@ class Layout:
         """Slot that feeds each cell, int64 ``(num_cells,)``."""
         slots = torch.arange(self.num_slots)[self.cell >= 0]
         return torch.empty(self.order.num_cells, dtype=torch.int64).scatter_(0, self.cell[slots], slots)
+
+    def place(self, slots: Tensor, device: torch.device | str) -> Slots:
+        """CPU ``slots`` ready for a device."""
+        extra = self.extra[slots]
+        return Slots(slots.to(device), int((slots < self.prefix).sum()), extra.to(device) if bool((extra >= 0).any()) else None)
 
     def mask(self, queries: Tensor | None = None, keys: Tensor | None = None) -> Tensor:
         """Bool ``(q, k)``, True where the query slot sees the key slot; all inputs by default."""

@@ -19,6 +19,7 @@ PUBLIC: dict[str, str] = {
     "FlexTok": "vargen.tokenizers.flextok",
     "FrameTokenizer": "vargen.tokenizers.frames",
     "FeatureNet": "vargen.metrics.features",
+    "Engine": "vargen.decoding.engine",
     "Guidance": "vargen.guidance",
     "HiMAR": "vargen.backbones.himar",
     "KLTokenizer": "vargen.tokenizers.kl",

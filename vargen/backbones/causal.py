@@ -10,13 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vargen.condition import Condition
-from vargen.decoding.engine import decode
-from vargen.decoding.protocols import Decoding, State
+from vargen.decoding.engine import Engine
+from vargen.decoding.protocols import Decoding, RunBlock, State, run_block
 from vargen.errors import VargenError
 from vargen.guidance import Guidance
-from vargen.layout import Layout
+from vargen.layout import Layout, Slots
 from vargen.model import Generator, OnStep, Sampling
-from vargen.nn.cache import KVCache
+from vargen.nn.cache import CacheWindow, KVCache
 from vargen.noise import Noise
 
 
@@ -65,30 +65,35 @@ class CausalGenerator(Generator):
         """Embeddings ``(n, width)`` of the layout's extra tokens."""
         raise VargenError(f"{type(self).__name__} has a layout with extra tokens but no embeddings for them")
 
-    def embed(self, prefix: Tensor, ids: Tensor, slots: Tensor) -> Tensor:
-        """Input embeddings ``(R, n, width)`` of CPU ``slots``: prefix rows, tokens ``ids`` ``(R, n)``, extra tokens."""
-        count = int((slots < self.layout.prefix).sum())
-        parts = [prefix[:, slots[:count].to(prefix.device)], self.tokens(ids[:, count:])]
+    def embed(self, prefix: Tensor, ids: Tensor, slots: Tensor | Slots) -> Tensor:
+        """Input embeddings ``(R, n, width)`` of ``slots`` (on the CPU, or placed): prefix rows, tokens ``ids`` ``(R, n)``, extra
+        tokens."""
+        slots = slots if isinstance(slots, Slots) else self.layout.place(slots, prefix.device)
+        count = slots.prefix
+        parts = [prefix[:, slots.index[:count]], self.tokens(ids[:, count:])]
         x = torch.cat(parts, dim=1) if 0 < count < len(slots) else parts[0 if count else 1]
-        extra = self.layout.extra[slots]
-        if (extra >= 0).any():
-            places = torch.nonzero(extra >= 0).squeeze(1).to(x.device)
-            x = x.index_copy(1, places, self.extra_tokens(extra[extra >= 0].to(x.device)).to(x.dtype).expand(len(x), -1, -1))
-        return self.embed_slots(self.token_dropout(x), slots.to(x.device))
+        if slots.extra is not None:
+            extra = self.extra_tokens(slots.extra.clamp(min=0)).to(x.dtype)
+            x = torch.where(slots.extra.unsqueeze(1) >= 0, extra, x)
+        return self.embed_slots(self.token_dropout(x), slots.index)
 
-    def trunk(self, x: Tensor, slots: Tensor, mask: Tensor | None, cache: KVCache | None, **block: Any) -> tuple[Tensor, ...]:
-        """All blocks; hidden states after each head's norm."""
-        rotary = self.rotary(slots.to(x.device))
+    def trunk(
+        self,
+        x: Tensor,
+        slots: Tensor | Slots,
+        mask: Tensor | None,
+        cache: KVCache | CacheWindow | None,
+        run: RunBlock = run_block,
+        **block: Any,
+    ) -> tuple[Tensor, ...]:
+        """All blocks, each called through ``run``; hidden states after each head's norm."""
+        rotary = self.rotary(slots.index if isinstance(slots, Slots) else slots.to(x.device))
         causal = mask is None and cache is None
         hidden: list[Tensor] = []
         for depth, layer in enumerate(self.blocks, start=1):
-            x = layer(x, mask=mask, causal=causal, rotary=rotary, cache=cache, layer=depth - 1, **block)
+            x = run(layer, x, mask=mask, causal=causal, rotary=rotary, cache=cache, layer=depth - 1, **block)
             hidden.extend(head.norm(x) for head in self.output_heads if head.depth == depth)
         return tuple(hidden)
-
-    def block_options(self, extras: dict[str, Any]) -> dict[str, Any]:
-        """Arguments that blocks take from ``State.extras``, such as a context."""
-        return extras
 
     def start(self, condition: Condition, batch_size: int, rows: int = 1, capacity: int | None = None) -> State:
         drop = torch.arange(rows * batch_size, device=self.device) >= batch_size
@@ -105,10 +110,12 @@ class CausalGenerator(Generator):
         """Further arguments of the blocks, with a row per row of the batch; none by default."""
         return {}
 
-    def forward(self, state: State, ids: Tensor, slots: Tensor, mask: Tensor | None = None) -> tuple[Tensor, ...]:
+    def forward(self, state: State, ids: Tensor, slots: Tensor | Slots, mask: Tensor | None = None) -> tuple[Tensor, ...]:
         x = self.embed(state.prefix, ids, slots)
-        hidden = self.trunk(x, slots, None if mask is None else mask.to(x.device), state.cache, **state.extras)
-        state.cache.advance(len(slots))
+        cache = state.cache if state.window is None else state.window
+        hidden = self.trunk(x, slots, None if mask is None else mask.to(x.device), cache, state.run, **state.extras)
+        if state.window is None:
+            state.cache.advance(len(slots))
         return hidden
 
     def logits(self, hidden: Tensor, head: int = 0) -> Tensor:
@@ -182,7 +189,8 @@ class CausalGenerator(Generator):
     ) -> Tensor:
         """Tokens ``(B, *token_shape)``; with ``num_tokens``, for ordered spaces, the first so many, ``(B, num_tokens)``.
 
-        ``decoding``: another way of decoding than the plain loop, such as :class:`vargen.decoding.lantern.Lantern`.
+        ``decoding``: another way of decoding than the engine's plain loop, such as :class:`vargen.decoding.lantern.Lantern` or an
+        :class:`vargen.decoding.engine.Engine` with compiled steps.
         """
         if num_tokens is not None and not (self.space.ordered and 1 <= num_tokens <= self.space.num_tokens):
             reason = f"expected 1..{self.space.num_tokens}" if self.space.ordered else "this token space has no valid prefixes"
@@ -194,8 +202,8 @@ class CausalGenerator(Generator):
         training = self.training
         self.eval()
         try:
-            run = decode if decoding is None else decoding.decode
-            tokens = run(self, condition, batch, noise.to(self.device), guidance, sampling, on_step, num_tokens)  # type: ignore[arg-type]
+            driver = decoding or Engine()
+            tokens = driver.decode(self, condition, batch, noise.to(self.device), guidance, sampling, on_step, num_tokens)  # type: ignore[arg-type]
             return tokens if num_tokens is None else tokens[:, :num_tokens]
         finally:
             self.train(training)

@@ -80,7 +80,8 @@ class Speculation:
         on_step: OnStep | None = None,
         stop: int | None = None,
     ) -> Tensor:
-        """Tokens ``(B, *space.token_shape)``, see :func:`vargen.decoding.engine.decode`; ``on_step`` is called after each round.
+        """Tokens ``(B, *space.token_shape)``, see :meth:`vargen.decoding.engine.Engine.decode`; ``on_step`` is called after each
+        round.
 
         Raises:
             VargenError: a model that does not predict one token after another, or guidance with three rows.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -57,6 +59,10 @@ class KVCache:
         """Makes the ``count`` entries just written valid."""
         self.length += count
 
+    def window(self, places: Tensor, stop: int) -> CacheWindow:
+        """The cache of a pass that writes at ``places`` and sees the first ``stop`` entries."""
+        return CacheWindow(self.keys.unbind(), self.values.unbind(), places, stop)
+
     def truncate(self, length: int) -> None:
         """Forgets all entries from ``length`` on."""
         if not 0 <= length <= self.length:
@@ -82,3 +88,26 @@ class KVCache:
         self.keys, self.values = self.keys[:, rows], self.values[:, rows]
         if self.visible is not None:
             self.visible = self.visible[rows]
+
+
+class CacheWindow:
+    """What a pass of fixed shape sees of a cache: it writes at places that the device knows, and reads a fixed number of entries.
+
+    Nothing of it changes from pass to pass but the numbers in ``places``, so that one compiled pass serves many; which of the
+    entries are valid is up to the mask.
+
+    Args:
+        keys, values: a tensor ``(B, heads, capacity, head_dim)`` for each layer.
+        places: int64 ``(n,)``, on the device.
+        stop: number of entries read.
+    """
+
+    def __init__(self, keys: Sequence[Tensor], values: Sequence[Tensor], places: Tensor, stop: int) -> None:
+        self.keys, self.values, self.places, self.stop = keys, values, places, stop
+
+    def update(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Writes ``(B, heads, n, head_dim)`` at the places; returns the first ``stop`` keys and values."""
+        keys, values = self.keys[layer], self.values[layer]
+        keys.index_copy_(2, self.places, key)
+        values.index_copy_(2, self.places, value)
+        return keys[:, :, : self.stop], values[:, :, : self.stop]

@@ -7,8 +7,10 @@ from torch import Tensor
 
 from vargen.backbones.causal import CausalGenerator
 from vargen.condition import Condition
-from vargen.decoding.engine import mix, step_mask
+from vargen.decoding.engine import Run
+from vargen.decoding.plan import Numbers, Plan
 from vargen.guidance import Guidance, Progress
+from vargen.noise import Noise
 
 
 @torch.no_grad()
@@ -24,15 +26,14 @@ def step_logits(
         ``(B, num_cells - given, V)``; without ``guidance`` the unguided rows [cond, null] are returned, ``(2B, ...)``.
     """
     rows = 2 if guidance is None else guidance.rows
-    state = model.start(condition, len(ids), rows)
     layout, logits = model.layout, []
-    steps = layout.steps(given)
-    for index, step in enumerate(steps):
-        fed = ids[:, layout.cell[step.inputs].clamp(min=0)].repeat(rows, 1)
-        hidden = model.forward(state, fed, step.inputs, step_mask(layout, step.inputs, state.cache.visible))
-        mixed = mix(model, hidden, step)
+    plan = Plan.of(layout, given)
+    run = Run(model, plan, condition, Noise(0, len(ids)), rows)
+    run.tokens[:, :-1] = ids
+    for index, (step, shape, row) in enumerate(zip(plan.steps, plan.shapes, plan.rows)):
+        mixed = run.logits(shape, Numbers.unpack(row, shape))
         if guidance is not None:
-            progress = Progress(index, len(steps), step.known, step.known + len(step.targets), layout.order.num_cells)
+            progress = Progress(index, len(plan), step.known, step.known + len(step.targets), layout.order.num_cells)
             mixed = guidance.combine(mixed, guidance.at(progress))
         logits.append(mixed)
     return torch.cat(logits, dim=1)

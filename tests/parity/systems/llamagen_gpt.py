@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tests.parity.runner import Case, RecordedNoise, capture, checkpoint_file, component
+from tests.parity.systems.causal_steps import step_logits
 from vargen.backbones.llamagen import LlamaGen
 from vargen.condition import Condition, TextFeatures
-from vargen.decoding.engine import step_mask
 from vargen.guidance import Guidance, until
 from vargen.kernels.sample import filter_logits
 from vargen.model import Sampling
@@ -81,7 +81,7 @@ def common(model: LlamaGen, case: Case) -> dict[str, Tensor]:
     batch = len(case.inputs["cond"])
     condition = condition_of(case)
     out = {"rope_table": model.rotary(torch.arange(prefix - 1, prefix + cells))}
-    out["cache_logits"] = cached_logits(model, condition, case.inputs["tokens"])
+    out["cache_logits"] = step_logits(model, condition, case.inputs["tokens"])
     for name, run in case.config["run"]["greedy"].items():
         greedy = Sampling(temperature=0.0)
         out[f"greedy_{name}"] = model.generate(condition, guidance=guidance_of(run), sampling=greedy).flatten(1)
@@ -93,18 +93,6 @@ def common(model: LlamaGen, case: Case) -> dict[str, Tensor]:
         logits = case.inputs["filter_logits_ties" if name.endswith("ties") else "filter_logits"]
         out[f"probs_{name}"] = F.softmax(filter_logits(logits, run["temperature"], run["top_k"], run["top_p"]), dim=-1)
     return out
-
-
-@torch.no_grad()
-def cached_logits(model: LlamaGen, condition: Condition, tokens: Tensor) -> Tensor:
-    """Teacher-forced decoding of [conditional; unconditional] rows through the cache."""
-    state = model.start(condition, len(tokens), rows=2)
-    flat, logits = tokens.repeat(2, 1), []
-    for step in model.layout.steps():
-        ids = flat[:, model.layout.cell[step.inputs].clamp(min=0)]
-        (hidden,) = model.forward(state, ids, step.inputs, step_mask(model.layout, step.inputs, state.cache.visible))
-        logits.append(model.logits(hidden[:, -1]))
-    return torch.stack(logits, dim=1)
 
 
 def guidance_of(run: dict[str, float]) -> Guidance:

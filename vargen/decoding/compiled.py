@@ -1,0 +1,88 @@
+"""Compiled blocks and captured passes of the decoding engine."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vargen.decoding.plan import Shape
+from vargen.errors import VargenError
+from vargen.nn.cache import CacheWindow
+
+
+def _block(block: Any, x: Tensor, keys: Tensor, values: Tensor, places: Tensor, stop: int, arguments: dict[str, Any]) -> Tensor:
+    return block(x, cache=CacheWindow([keys], [values], places, stop), layer=0, **arguments)
+
+
+class CompiledBlocks:
+    """Calls blocks through torch.compile. Blocks of equal sizes share what was compiled, however deep the model is."""
+
+    def __init__(self) -> None:
+        self.compiled = torch.compile(_block, dynamic=False)
+
+    def __call__(self, block: Any, x: Tensor, *, cache: CacheWindow, layer: int, **arguments: Any) -> Tensor:
+        return self.compiled(block, x, cache.keys[layer], cache.values[layer], cache.places, cache.stop, arguments)
+
+
+@contextmanager
+def compiler(device: torch.device) -> Iterator[None]:
+    """Within the block torch.compile may compile as many shapes as the engine has.
+
+    Raises:
+        VargenError: what it needs on this device is not there.
+    """
+    if device.type == "cpu":
+        names = [os.environ["CXX"]] if "CXX" in os.environ else ["g++", "clang++"]
+        if not any(map(shutil.which, names)):
+            raise VargenError(
+                f"Engine(compile=True) on a CPU needs a C++ compiler, {' or '.join(names)}: install one, or leave compile out"
+            )
+    import torch._dynamo
+
+    with torch._dynamo.config.patch(recompile_limit=64, accumulated_recompile_limit=1024):
+        yield
+
+
+class GraphedPasses:
+    """Every shape of pass is captured when it is met first, and replayed from then on with other numbers.
+
+    Args:
+        step: a pass over buffers that stay where they are. To run it twice with the same numbers must be as good as once.
+
+    Raises:
+        VargenError: not a CUDA device.
+    """
+
+    def __init__(self, step: Callable[[Shape, Tensor], None], device: torch.device) -> None:
+        if device.type != "cuda":
+            raise VargenError(f"Engine(graphs=True) needs a CUDA device, the model is on '{device}': leave graphs out")
+        self.step, self.device = step, device
+        self.pool = torch.cuda.graph_pool_handle()
+        self.captured: dict[Shape, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+
+    def __call__(self, shape: Shape, row: Tensor) -> None:
+        if shape not in self.captured:
+            self.captured[shape] = self._capture(shape, row)
+        graph, numbers = self.captured[shape]
+        numbers.copy_(row)
+        graph.replay()
+
+    def _capture(self, shape: Shape, row: Tensor) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+        numbers = row.clone()
+        # what compiles, allocates workspaces or tunes itself does so before the capture, on a side stream as capturing demands
+        stream = torch.cuda.Stream(self.device)
+        stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(stream):
+            for _ in range(2):
+                self.step(shape, numbers)
+        torch.cuda.current_stream(self.device).wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.pool):
+            self.step(shape, numbers)
+        return graph, numbers
