@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -50,9 +50,25 @@ class FrameTokenizer(VisualTokenizer):
             raise SpaceError(f"frames need a tokenizer of images with one grid and no captions, not {found.__name__}")
 
     @classmethod
-    def of(cls, base: VisualTokenizer, frames: int) -> FrameTokenizer:
-        """Frames of ``base``, which is shared rather than copied."""
-        tokenizer = cls({"class": type(base).__name__, **base.config_dict()}, frames)
+    def of(cls, base: VisualTokenizer, frames: int, sample_size: Sequence[int] | None = None) -> FrameTokenizer:
+        """Frames of ``base``, which is shared, or copied where frames have another ``sample_size`` (height, width) than its images.
+
+        Raises:
+            SpaceError: a base that does not work at that size.
+        """
+        size = list(base.sample_shape if sample_size is None else sample_size)
+        config = base.config_dict()
+        if size != list(base.sample_shape):
+            # only a convolutional tokenizer has the same weights for every size
+            other = {**config, "sample_size": size[0] if len(set(size)) == 1 else size}
+            tokenizer = cls({"class": type(base).__name__, **other}, frames) if "sample_size" in config else None
+            mine, theirs = (_shapes(model) for model in (base, tokenizer and tokenizer.base))
+            if tokenizer is None or mine != theirs:
+                raise SpaceError(f"{type(base).__name__} works on {base.sample_shape} pixels only, frames have {tuple(size)}")
+            tokenizer.base.load_state_dict(base.state_dict())
+            # not by diffusers' own `to`, which warns of modules to keep in float32 even where there are none
+            return nn.Module.to(tokenizer, base.device, base.dtype).train(base.training)
+        tokenizer = cls({"class": type(base).__name__, **config}, frames)
         tokenizer.base = base
         return tokenizer.train(base.training)
 
@@ -94,6 +110,10 @@ class FrameTokenizer(VisualTokenizer):
     def calibrate(self, tokens: Iterable[Tensor]) -> None:
         self.base.calibrate(batch.flatten(0, 1) for batch in tokens)
         self.register_to_config(base={"class": self.config.base["class"], **self.base.config_dict()})
+
+
+def _shapes(model: VisualTokenizer | None) -> dict[str, tuple[int, ...]]:
+    return {} if model is None else {name: tuple(value.shape) for name, value in model.state_dict().items()}
 
 
 def fold(pixels: Tensor) -> Tensor:

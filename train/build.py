@@ -162,9 +162,9 @@ def build_text_encoder(settings: Mapping[str, Any], dataset: VisualDataset) -> A
         raise ConfigError("text_encoder: give words (a fresh word encoder) or path (a pretrained one), not both")
     if not dataset.has_captions:
         raise ConfigError("text_encoder: the data set has no captions; leave the text encoder out and condition on classes")
-    if settings["path"] is not None:
-        return load_text_encoder(settings["path"], max_length=settings["max_length"])
     options = {} if settings["max_length"] is None else {"max_length": settings["max_length"]}
+    if settings["path"] is not None:
+        return load_text_encoder(settings["path"], **options)
     return WordEncoder(vocabulary(dataset), **settings["words"], **options)
 
 

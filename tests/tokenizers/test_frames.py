@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.tiny_pipelines import tiny_tokenizer
-from vargen import FrameTokenizer, KLTokenizer, LARPTokenizer, TokenSpace
+from vargen import FrameTokenizer, KLTokenizer, LARPTokenizer, TiTok, TokenSpace
 from vargen.errors import ConfigError, SpaceError, VargenError
 from vargen.noise import Noise
 
@@ -39,6 +39,19 @@ def test_other_lengths_are_encoded_and_decoded() -> None:
     tokens = frames.encode(clips(frames=5))
     assert torch.equal(tokens[:, :2], frames.encode(clips(frames=5)[:, :, :2]))
     assert frames.decode(tokens[:, :1]).shape == (2, 3, 1, 16, 16)
+
+
+def test_frames_of_another_size_have_the_same_weights() -> None:
+    base = tiny_tokenizer()
+    larger = FrameTokenizer.of(base, 2, (24, 24))
+    assert larger.sample_shape == (2, 24, 24)
+    assert larger.space.levels == ((2, 6, 6),)
+    pixels = Noise(0, 1).uniform("clip", (3, 2, 24, 24)) * 2 - 1
+    assert torch.equal(larger.encode(pixels)[:, 1], base.encode(pixels[:, :, 1]))
+    vit = TiTok(16, 4, 4, 4, 16, 1, 2, 16, 1, 2, codebook_size=8)
+    assert FrameTokenizer.of(vit, 2).space.levels == ((2, 4),)
+    with pytest.raises(SpaceError, match=r"TiTok works on \(16, 16\) pixels only, frames have \(24, 24\)"):
+        FrameTokenizer.of(vit, 2, (24, 24))
 
 
 def test_training_pass_gives_gradients_and_video_shapes() -> None:
