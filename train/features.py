@@ -13,6 +13,7 @@ import platform
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,11 @@ from tqdm import trange
 from vargen.checkpoint import atomic_directory
 from vargen.data.base import VisualDataset, build_dataset
 from vargen.data.loader import batch_indices, ordered_batches
-from vargen.data.shapes import BACKGROUNDS, COLORS, POSITIONS, SHAPES, SIZES
-from vargen.data.shapes_reader import attributes_from_caption
+from vargen.data.shapes import BACKGROUNDS, COLORS, MOTIONS, POSITIONS, SHAPES, SIZES
+from vargen.data.shapes_reader import attributes_from_caption, attributes_from_video_caption
 from vargen.errors import ConfigError, VargenError, nearest
 from vargen.metrics.features import FeatureNet, extract
-from vargen.metrics.samples import round_to_8_bits
+from vargen.metrics.samples import from_uint8
 from vargen.noise import Noise
 
 # ``shift`` (share of the width), ``rotation`` (degrees) and ``zoom`` (of the log scale) bound the random affine maps; ``blur`` and
@@ -45,6 +46,12 @@ RECIPES: dict[str, dict[str, Any]] = {
         "network": {"image_size": 48, "widths": [16, 32, 48, 64], "dim": 64},
         "augment": {"shift": 0.0, "rotation": 0.0, "zoom": 0.0, "blur": 0.3, "grain": 0.1},
         "steps": 2500,
+    },
+    "shapes-video": {
+        "data": {"name": "shapes-video", "size": 32, "frames": 8, "length": 6144},
+        "network": {"image_size": 32, "widths": [24, 32, 48, 64], "dim": 64, "frames": 8},
+        "augment": {"shift": 0.0, "rotation": 0.0, "zoom": 0.0, "blur": 0.3, "grain": 0.1},
+        "steps": 1200,
     },
 }
 TEST_LENGTH = 2048
@@ -76,15 +83,15 @@ def train_features(
     model = FeatureNet(properties, name=f"features-{dataset}", **recipe["network"])
     pixels, targets = _tabulate(train, properties)
     # features must also give back a thumbnail: those of a classifier alone say little about pictures that are of no class
-    thumbnail = nn.Linear(model.config["dim"], 3 * THUMBNAIL**2)
+    thumbnail = nn.Linear(model.config["dim"], 3 * (model.frames or 1) * THUMBNAIL**2)
     parameters = [*model.parameters(), *thumbnail.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.02)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: 0.5 * (1 + math.cos(math.pi * s / max(steps, 1))))
     model.train()
     for step in trange(steps, desc=f"features-{dataset}", mininterval=5):
         rows, epochs = batch_indices(seed, step, batch_size, len(pixels))
-        shown = augment(pixels[rows], Noise(seed, rows), epochs, **recipe["augment"])
-        out = model(shown)
+        shown = augment(from_uint8(pixels[rows]).flatten(1, -3), Noise(seed, rows), epochs, **recipe["augment"])
+        out = model(shown.reshape(pixels[rows].shape))
         loss = sum(F.cross_entropy(out.logits[key], targets[key][rows], label_smoothing=0.05) for key in properties)
         loss = loss + THUMBNAIL_WEIGHT * F.mse_loss(thumbnail(out.features), F.adaptive_avg_pool2d(shown, THUMBNAIL).flatten(1))
         optimizer.zero_grad()
@@ -110,19 +117,25 @@ def properties_of(name: str, dataset: VisualDataset) -> dict[str, list[str]]:
             "size": list(SIZES),
             "position": list(POSITIONS),
         }
+    if name == "shapes-video":
+        return {"class": list(MOTIONS), "color": list(COLORS), "background": list(BACKGROUNDS), "shape": list(SHAPES)}
     return {"class": list(dataset.classes)}
 
 
 def _tabulate(dataset: VisualDataset, properties: Mapping[str, list[str]]) -> tuple[Tensor, dict[str, Tensor]]:
-    """All pixels and, for every property, the number of its value."""
+    """All pixels, uint8, and, for every property, the number of its value."""
     pixels, targets = [], {key: [] for key in properties}  # type: ignore[var-annotated]
     for batch in ordered_batches(dataset, 64):
-        pixels.append(round_to_8_bits(batch["pixels"]))
+        pixels.append(((batch["pixels"] + 1) * 127.5).round().byte())
         for row, label in enumerate(batch["class_labels"].tolist()):
-            words = attributes_from_caption(batch["captions"][row]) if len(properties) > 1 else None
+            words = _words(batch["captions"][row], pixels[0].dim() == 5) if len(properties) > 1 else {}
             for key, values in properties.items():
-                targets[key].append(label if key == "class" else values.index(getattr(words, key)))
+                targets[key].append(label if key == "class" else values.index(words[key]))
     return torch.cat(pixels), {key: torch.tensor(numbers) for key, numbers in targets.items()}
+
+
+def _words(caption: str, video: bool) -> dict[str, str]:
+    return attributes_from_video_caption(caption) if video else asdict(attributes_from_caption(caption))
 
 
 def augment(
@@ -160,7 +173,7 @@ def accuracy(model: FeatureNet, dataset: str) -> dict[str, float]:
     test = build_dataset(data, split="test")
     properties = properties_of(dataset, test)
     pixels, targets = _tabulate(test, properties)
-    logits = extract(model, pixels.split(256)).logits
+    logits = extract(model, map(from_uint8, pixels.split(256))).logits
     return {key: float((logits[key].argmax(1) == targets[key]).float().mean()) for key in properties}
 
 

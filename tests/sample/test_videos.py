@@ -13,6 +13,7 @@ from PIL import Image
 from tests.tiny_pipelines import tiny_pipeline, tiny_video_pipeline
 from vargen.errors import DataError, VargenError
 from vargen.pipeline import to_output
+from vargen.sample import given
 from vargen.sample.files import read_video
 from vargen.sample.given import default_frames
 from vargen.sample.images import sample
@@ -120,10 +121,8 @@ def test_given_frames_from_a_file_and_a_folder(model: str, tmp_path: Path) -> No
     job = json.loads((tmp_path / "out/job.json").read_text())
     assert job["given"][0]["size"] == [16, 16]
     clip(file, step=20)
+    given._pixels.cache_clear()
     with pytest.raises(VargenError, match="holds a job with given"):
-        from vargen.sample import given
-
-        given._pixels.cache_clear()
         sample(model, clips=[file, folder], frames=2, output=tmp_path / "out", **arguments)
 
 

@@ -161,6 +161,25 @@ def attributes_from_caption(caption: str) -> Attributes:
     return Attributes(found["shape"], found["color"], found["background"], found["size"], found["position"])
 
 
+def attributes_from_video_caption(caption: str) -> dict[str, str]:
+    """Color, shape, motion and background in a caption of ``ShapesVideo``.
+
+    Raises:
+        DataError: not a caption of this set.
+    """
+    choice = {
+        "color": "|".join(COLORS),
+        "shape": "|".join(SHAPES),
+        "motion": "|".join(MOTIONS),
+        "background": "|".join(BACKGROUNDS),
+    }
+    groups = {name: f"(?P<{name}>{words})" for name, words in choice.items()}
+    found = re.fullmatch("an? {color} {shape} {motion} on an? {background} background".format(**groups), caption.strip().lower())
+    if found is None:
+        raise DataError(f"caption '{caption}': expected e.g. 'a red star moving left on a black background'")
+    return found.groupdict()
+
+
 def motion_from_pixels(pixels: Tensor) -> str | None:
     """The motion of a video ``(3, T, H, W)`` in [-1, 1], T >= 3, or None if its shape cannot be followed.
 

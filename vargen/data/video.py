@@ -69,12 +69,7 @@ class VideoFolder(ImageFolder):
 
     def _files(self, folder: Path) -> list[Path]:
         """Video files, and folders that hold images, below a class folder."""
-        found = []
-        for place, _, names in os.walk(folder, followlinks=True):
-            found += [Path(place) / n for n in names if Path(n).suffix.lower() in EXTENSIONS and not n.startswith(".")]
-            if Path(place) != folder and any(Path(n).suffix.lower() in IMAGES - EXTENSIONS for n in names):
-                found.append(Path(place))
-        return sorted(found)
+        return video_files(folder)
 
     def _load(self, path: Path, index: int, epoch: int) -> list[Image.Image]:
         u = Noise(self.seed, [index]).uniform("folder/start", at=(epoch,)).item() if self.start == "random" else 0.0
@@ -82,6 +77,31 @@ class VideoFolder(ImageFolder):
 
     def _pixels(self, media: Any, index: int, epoch: int) -> Tensor:
         return torch.stack([self._crop(frame, index, epoch) for frame in media], dim=1)
+
+
+def video_files(folder: Path) -> list[Path]:
+    """Video files, and folders that hold images, below ``folder``, sorted."""
+    found = []
+    for place, _, names in os.walk(folder, followlinks=True):
+        found += [Path(place) / n for n in names if Path(n).suffix.lower() in EXTENSIONS and not n.startswith(".")]
+        if Path(place) != folder and any(Path(n).suffix.lower() in IMAGES - EXTENSIONS for n in names):
+            found.append(Path(place))
+    return sorted(found)
+
+
+def read_video(path: str | os.PathLike[str]) -> np.ndarray:
+    """All frames ``(T, H, W, 3)`` uint8 of a video file or a folder of frames.
+
+    Raises:
+        DataError: no video, damaged, without frames, or with frames of different sizes.
+    """
+    path = Path(path)
+    clip = [_read_frame(p) for p in _frame_files(path)] if path.is_dir() else _decode(path, range(count_frames(path)))
+    if not clip:
+        raise DataError("holds no frames")
+    if len({frame.size for frame in clip}) > 1:
+        raise DataError(f"has frames of different sizes {sorted({frame.size for frame in clip})}")
+    return np.stack([np.asarray(frame) for frame in clip])
 
 
 def read_clip(

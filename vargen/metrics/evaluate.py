@@ -43,8 +43,8 @@ def evaluate_images(
     """How generated images compare with real ones.
 
     Args:
-        samples: a sampling job's folder, an image folder, an ``.npz`` batch, pixels ``(N, 3, H, W)`` in [-1, 1] or batches of them.
-        reference: the real images, best ones that the model was not trained on.
+        samples: a sampling job's folder, any folder, an ``.npz`` batch, pixels ``(N, 3, (T,) H, W)`` in [-1, 1] or batches of them.
+        reference: the real images or videos, best ones that the model was not trained on.
         extractor: the feature network.
         labels: class labels that the samples were asked for, where the source does not hold them.
         prompts: or their prompts.
@@ -62,7 +62,8 @@ def evaluate_images(
     Raises:
         DataError: unreadable samples, or labels that do not fit them.
     """
-    generated = read_samples(samples, limit)
+    video = len(reference.sample_shape) == 3
+    generated = read_samples(samples, limit, video)
     _attach(generated, labels, prompts)
     fake = extract(extractor, generated.batches(batch_size), device)
     real = extract(extractor, _real_batches(reference, batch_size), device)
@@ -98,6 +99,7 @@ def evaluate_images(
         report["ground_truth"] = {name: dict(zip(("share", "stderr"), _share(right))) for name, right in verdicts.items()}
     report["settings"] = {
         "samples": generated.source,
+        "kind": "videos" if video else "images",
         "num_samples": len(generated),
         "num_reference": len(reference),
         "reference": {"data": type(reference).__name__, "split": getattr(reference, "split", None)},
@@ -173,7 +175,8 @@ def format_report(report: Report) -> str:
     """The report as a few lines for a terminal."""
     settings = report["settings"]
     lines = [
-        f"{settings['num_samples']} samples against {settings['num_reference']} real images, features of {settings['extractor']}",
+        f"{settings['num_samples']} samples against {settings['num_reference']} real {settings['kind']}, "
+        f"features of {settings['extractor']}",
         f"Fréchet distance      {report['frechet_distance']:.3f}   (two halves of the real set: {report['frechet_floor']:.3f}; "
         f"real sets of these sizes: {report['frechet_floor_same_sizes']:.3f})",
         f"precision, recall     {report['precision']:.3f}, {report['recall']:.3f}",

@@ -1,4 +1,4 @@
-"""Feature extractors: what turns pixels into the vectors that distances between sets of images are measured on."""
+"""Feature extractors: what turns pixels into the vectors that distances between sets of images or videos are measured on."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from vargen.errors import ConfigError, VargenError, nearest
 from vargen.model import VargenModel
 
 ASSETS = Path(__file__).parent.parent / "assets"
-FEATURE_NETS = ("digits", "shapes")
+FEATURE_NETS = ("digits", "shapes", "shapes-video")
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Features:
 
 @runtime_checkable
 class FeatureExtractor(Protocol):
-    """Pixels ``(B, 3, H, W)`` in [-1, 1] to :class:`Features`.
+    """Pixels ``(B, 3, H, W)``, or ``(B, 3, T, H, W)`` of videos, in [-1, 1] to :class:`Features`.
 
     Attributes:
         name: goes into reports, since distances of different networks do not compare.
@@ -55,6 +55,8 @@ class FeatureNet(VargenModel):
         widths: channels of the four convolutions; the first three halve the image.
         dim: width of the features.
         name: in reports.
+        frames: frames of a clip, for a network of videos: they enter the first convolution side by side as channels, so that all
+            layers see motion; None for images.
     """
 
     @register_to_config
@@ -65,6 +67,7 @@ class FeatureNet(VargenModel):
         widths: tuple[int, ...] = (16, 32, 48, 48),
         dim: int = 64,
         name: str = "feature-net",
+        frames: int | None = None,
     ) -> None:
         super().__init__()
         if image_size % 8 or len(widths) != 4 or not properties:
@@ -72,18 +75,24 @@ class FeatureNet(VargenModel):
                 f"feature network of {len(properties)} properties, image size {image_size} and widths {widths}: expected at least "
                 "one property, a multiple of 8 and four widths"
             )
-        self.name, self.image_size = name, image_size
-        channels = (3, *widths)
+        self.name, self.image_size, self.frames = name, image_size, frames
+        channels = (3 * (frames or 1), *widths)
         layers: list[nn.Module] = []
         for i, (c_in, c_out) in enumerate(zip(channels, widths)):
             layers += [nn.Conv2d(c_in, c_out, 3, stride=2 if i < 3 else 1, padding=1), nn.GroupNorm(4, c_out), nn.SiLU()]
         self.body = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(16 * widths[-1], dim))
         self.heads = nn.ModuleDict({key: nn.Linear(dim, len(values)) for key, values in properties.items()})
 
+    @property
+    def _time(self) -> tuple[int, ...]:
+        return () if self.frames is None else (self.frames,)
+
     def forward(self, pixels: Tensor) -> Features:
-        """``(B, 3, H, W)`` in [-1, 1] to features ``(B, dim)`` and logits."""
-        if pixels.dim() != 4 or pixels.shape[1] != 3:
-            raise VargenError(f"pixels of shape {tuple(pixels.shape)}: expected (B, 3, H, W)")
+        """``(B, 3, H, W)``, or ``(B, 3, frames, H, W)``, in [-1, 1] to features ``(B, dim)`` and logits."""
+        if pixels.dim() != (4 if self.frames is None else 5) or pixels.shape[1] != 3 or pixels.shape[2:-2] != self._time:
+            axes = "(B, 3, H, W)" if self.frames is None else f"(B, 3, {self.frames}, H, W)"
+            raise VargenError(f"{self.name}: pixels of shape {tuple(pixels.shape)}, expected {axes}")
+        pixels = pixels.flatten(1, -3)
         size = (self.image_size, self.image_size)
         if tuple(pixels.shape[2:]) != size:
             pixels = F.interpolate(pixels, size=size, mode="bilinear", antialias=True, align_corners=False)
@@ -93,7 +102,7 @@ class FeatureNet(VargenModel):
 
 
 def load_feature_net(source: str | os.PathLike[str], device: torch.device | str = "cpu") -> FeatureNet:
-    """A trained network: ``digits`` or ``shapes``, which ship, or a directory.
+    """A trained network: ``digits``, ``shapes`` or ``shapes-video``, which ship, or a directory.
 
     Raises:
         ConfigError: neither a directory nor one that ships.
