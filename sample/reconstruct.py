@@ -1,4 +1,4 @@
-"""``vargen reconstruct``: a tokenizer's round trip, side by side with the originals, with PSNR and SSIM."""
+"""``vargen reconstruct``: a tokenizer's round trip of images or videos, beside the originals, with PSNR and SSIM."""
 
 from __future__ import annotations
 
@@ -18,15 +18,18 @@ from vargen.condition import TextFeatures
 from vargen.config import check_keys
 from vargen.data.base import DATASETS, build_dataset
 from vargen.data.folder import read_image
+from vargen.data.video import read_clip, video_files
 from vargen.errors import DataError, VargenError
 from vargen.metrics.frames import psnr, ssim
 from vargen.model import VisualTokenizer
 from vargen.noise import Noise
+from vargen.sample.files import pick_format, save_sample
 from vargen.sample.load import load_tokenizer, resolve
-from vargen.sample.picture import from_image, save_image, side_by_side, to_uint8
+from vargen.sample.picture import film, from_image, save_image, side_by_side, to_images, to_uint8
 from vargen.text import load_text_encoder
 
 BATCH_SIZE = 8
+FILM_WIDTH = 288
 
 
 @dataclass(frozen=True)
@@ -57,35 +60,39 @@ def reconstruct(
     output: str | Path | None = None,
     text_encoder: str | None = None,
     settings: Mapping[str, Any] | None = None,
+    format: str | None = None,
+    fps: float = 8.0,
     seed: int = 0,
     device: str | None = None,
     dtype: str = "float32",
 ) -> tuple[list[RoundTrip], Path]:
-    """Encodes and decodes samples, and writes ``reconstruct.png`` and ``report.json``.
+    """Encodes and decodes samples, and writes ``reconstruct.png`` and ``report.json``; of videos also every clip's round trip.
 
     Scores are of the 8-bit pictures, as they would be read back from files.
 
     Args:
         model: tokenizer or pipeline, see :func:`vargen.sample.load.load_tokenizer`.
-        source: name of a data set that ships (its test split), an image folder, or one image file.
+        source: name of a data set that ships (its test split), an image folder, or one image file; for video tokenizers a folder
+            of videos, one video file or a folder of frames, of which a clip is read from the start.
         num: samples, spread evenly over the source.
         prefixes: also decode these numbers of leading tokens, for tokenizers with an ordered space.
         output: folder, by default ``outputs/reconstruct-<model>-<source>``.
         text_encoder: directory or hub id, for tokenizers that take captions and stand outside a pipeline.
         settings: of the tokenizer's ``decode``, such as FlexTok's ``num_inference_steps`` and ``guidance_scale``.
+        format, fps: of the clips of videos: ``mp4`` (the default), ``gif`` or ``frames``, and frames per second.
         seed: addresses the draws of tokenizers that draw.
 
     Returns:
         One round trip for each prefix and one for all tokens, and the folder.
 
     Raises:
-        VargenError: unusable tokenizer, data, prefixes or settings; SSIM needs sides of at least 11 pixels.
+        VargenError: unusable tokenizer, data, prefixes, settings or format; SSIM needs sides of at least 11 pixels.
     """
     if num < 1:
         raise VargenError(f"num {num}: expected at least 1")
     tokenizer = load_tokenizer(model, device, dtype)
     counts = [*_check_prefixes(tokenizer, prefixes), tokenizer.space.num_tokens]
-    settings = _check_settings(tokenizer, settings or {})
+    settings, form = _check_settings(tokenizer, settings or {}), pick_format(format, tokenizer.video)
     samples, captions = read_samples(source, tokenizer.sample_shape, num)
     features = _features(tokenizer, captions, model, text_encoder, source)
     trips = round_trips(tokenizer, samples, counts, features, seed, settings)
@@ -94,6 +101,9 @@ def reconstruct(
     sheet = _sheet(samples, trips)
     atomic_write(folder / "report.json", lambda temporary: _write_json(temporary, report))
     save_image(sheet, folder / "reconstruct.png")
+    if tokenizer.video:
+        for index, clip in enumerate(trips[-1].pixels):
+            save_sample(clip, folder / "clips", index, form, fps)
     return trips, folder
 
 
@@ -127,9 +137,10 @@ def read_samples(source: str, shape: tuple[int, ...], num: int) -> tuple[Tensor,
     Raises:
         DataError: the source cannot be used, or holds other shapes.
     """
+    if len(shape) == 3 and source not in DATASETS and Path(source).exists():
+        return _read_clips(source, shape, num), None
     if Path(source).is_file():
-        image = ImageOps.fit(read_image(source), (shape[-1], shape[-2]), Image.Resampling.BICUBIC)
-        items, has_captions = [{"pixels": from_image(image)}], False
+        items, has_captions = [{"pixels": _fitted(read_image(source), shape)}], False
     else:
         frames = {"frames": shape[0]} if len(shape) == 3 and source in DATASETS else {}
         data = build_dataset(source, size=shape[-1], split="test" if source in DATASETS else "all", **frames)
@@ -139,6 +150,25 @@ def read_samples(source: str, shape: tuple[int, ...], num: int) -> tuple[Tensor,
     if tuple(samples.shape[2:]) != tuple(shape):
         raise DataError(f"'{source}' gives samples of {tuple(samples.shape[2:])}: the tokenizer expects {tuple(shape)}")
     return samples, [item["caption"] for item in items] if has_captions else None
+
+
+def _read_clips(source: str, shape: tuple[int, ...], num: int) -> Tensor:
+    """Clips ``(N, 3, *shape)`` from the start of the videos below a folder, or of one video file or folder of frames."""
+    path = Path(source)
+    files = (video_files(path) if path.is_dir() else []) or [path]
+    chosen = [files[i * len(files) // min(num, len(files))] for i in range(min(num, len(files)))]
+    clips = []
+    for file in chosen:
+        try:
+            clips.append(torch.stack([_fitted(frame, shape) for frame in read_clip(file, shape[0])], dim=1))
+        except DataError as error:
+            raise DataError(f"'{file}' {error}") from error
+    return torch.stack(clips)
+
+
+def _fitted(image: Image.Image, shape: tuple[int, ...]) -> Tensor:
+    """Pixels of an image resized on its short side and cropped to the last two sizes of ``shape``."""
+    return from_image(ImageOps.fit(image, (shape[-1], shape[-2]), Image.Resampling.BICUBIC))
 
 
 def _check_prefixes(tokenizer: VisualTokenizer, prefixes: Sequence[int]) -> list[int]:
@@ -162,8 +192,8 @@ def _check_settings(tokenizer: VisualTokenizer, settings: Mapping[str, Any]) -> 
 def _features(
     tokenizer: VisualTokenizer, captions: list[str] | None, model: str, text_encoder: str | None, source: str
 ) -> TextFeatures | None:
-    """Features of the captions, where the tokenizer takes them."""
-    if not tokenizer.takes_text:
+    """Features of the captions, where the tokenizer takes them; those that embed words themselves do so for training only."""
+    if not tokenizer.takes_text or tokenizer.text_encoder is not None:
         return None
     if captions is None:
         raise DataError(f"{type(tokenizer).__name__} needs captions, and '{source}' has none")
@@ -186,14 +216,15 @@ def _score(count: int, originals: Tensor, pixels: Tensor) -> RoundTrip:
 
 
 def _sheet(samples: Tensor, trips: Sequence[RoundTrip]) -> Image.Image:
-    """Original and round trips beside each other, captioned with the scores of the last; of videos the middle frame."""
+    """Original and round trips beside each other, captioned with the scores of the last; of videos the frames in a row."""
 
     def still(pixels: Tensor) -> Image.Image:
-        return Image.fromarray(to_uint8(pixels if pixels.dim() == 3 else pixels[:, pixels.shape[1] // 2]))
+        return to_images(pixels[None])[0] if pixels.dim() == 3 else film(to_images(pixels.transpose(0, 1)))
 
     rows = [[still(sample), *(still(trip.pixels[i]) for trip in trips)] for i, sample in enumerate(samples)]
     captions = [f"PSNR {p:.2f} dB, SSIM {s:.3f}" for p, s in zip(trips[-1].psnr.tolist(), trips[-1].ssim.tolist())]
-    return side_by_side(rows, ["original", *(f"{trip.tokens} tokens" for trip in trips)], captions)
+    side = {"side": FILM_WIDTH} if samples.dim() == 5 else {}
+    return side_by_side(rows, ["original", *(f"{trip.tokens} tokens" for trip in trips)], captions, **side)
 
 
 def _write_json(path: Path, report: dict[str, Any]) -> None:

@@ -128,21 +128,48 @@ def test_samples_from_sets_folders_and_files(tmp_path: Path) -> None:
         read_samples(str(tmp_path / "broken.png"), (16, 16), 2)
 
 
+class Frames(Columns):
+    """Clips of four frames of 16x16 pixels as they are."""
+
+    video = True
+
+    @property
+    def sample_shape(self) -> tuple[int, ...]:
+        return (4, 16, 16)
+
+    def encode(self, pixels: Tensor, text: TextFeatures | None = None, noise: Noise | None = None) -> Tensor:
+        return pixels
+
+    def decode(self, tokens: Tensor, text: TextFeatures | None = None, noise: Noise | None = None) -> Tensor:
+        return tokens
+
+
 def test_videos_are_scored_by_frame() -> None:
-    class Frames(Columns):
-        video = True
-
-        def encode(self, pixels: Tensor, text: TextFeatures | None = None, noise: Noise | None = None) -> Tensor:
-            return pixels
-
-        def decode(self, tokens: Tensor, text: TextFeatures | None = None, noise: Noise | None = None) -> Tensor:
-            return tokens
-
     samples, _ = read_samples("shapes-video", (4, 16, 16), 2)
     assert samples.shape == (2, 3, 4, 16, 16)
     (trip,) = round_trips(Frames(), samples, [16])
     assert trip.psnr.shape == (2,)
-    assert job._sheet(samples, [trip]).width > 2 * 128
+    assert job._sheet(samples, [trip]).width > 2 * 4 * 16
+
+
+def test_videos_in_and_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(job, "load_tokenizer", lambda *_: Frames().eval())
+    reconstruct("frames", "shapes-video", num=2, output=tmp_path / "set", format="gif")
+    clips = tmp_path / "set" / "clips"
+    assert sorted(p.name for p in clips.iterdir()) == ["000000.gif", "000001.gif"]
+    # a file, a folder of videos, and a folder of frames
+    reconstruct("frames", str(clips / "000001.gif"), output=tmp_path / "file", format="frames")
+    assert len(list((tmp_path / "file" / "clips" / "000000").glob("*.png"))) == 4
+    for source, count in ((clips, 2), (tmp_path / "file" / "clips" / "000000", 1)):
+        trips, folder = reconstruct("frames", str(source), num=5, output=tmp_path / f"out-{count}")
+        assert trips[0].pixels.shape == (count, 3, 4, 16, 16)
+        assert len(list((folder / "clips").glob("*.mp4"))) == count
+    (tmp_path / "broken.mp4").write_bytes(b"no video")
+    with pytest.raises(DataError, match=r"broken\.mp4' "):
+        reconstruct("frames", str(tmp_path / "broken.mp4"), output=tmp_path / "new")
+    with pytest.raises(VargenError, match="mp4 or gif or frames"):
+        reconstruct("frames", "shapes-video", output=tmp_path / "new", format="png")
+    assert not (tmp_path / "new").exists()
 
 
 def test_captions_go_along(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
