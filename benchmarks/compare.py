@@ -9,23 +9,26 @@ measured at the end, of all runs in turn, so that a change of the machine's load
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
+from compare_systems import SYSTEMS
+
+# `kernels` is also a package of Hugging Face, for which its other packages would take a file of this folder
+if str(Path(__file__).parent) in sys.path:
+    sys.path.remove(str(Path(__file__).parent))
+
 import argparse
 import json
 import platform
 import statistics
-import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from omegaconf import OmegaConf
 from torch import Tensor
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
-from compare_systems import SYSTEMS
 
 from vargen.checkpoint import atomic_write
 from vargen.config import load_config
@@ -53,7 +56,7 @@ def recipe_of(name: str, seed: int, arguments: argparse.Namespace) -> dict[str, 
     recipe["sampling"] = {**recipe.get("sampling", {}), **chosen["sampling"]}
     recipe["seed"], recipe["tokenizer"] = seed, str(getattr(arguments, chosen["tokens"]))
     recipe["tokens"]["views"] = arguments.views
-    recipe["validation"] = {"samples": 128, "pictures": 20}
+    recipe["validation"] = {"samples": 128, "pictures": 1}
     recipe["export"] = {"dtype": "float32"}
     recipe["optimizer"]["learning_rate"] = arguments.learning_rate
     changes = {"batch_size": arguments.batch_size, "max_train_steps": arguments.steps, "checkpointing_steps": 200}
@@ -210,7 +213,7 @@ def main() -> None:
     parser.add_argument("--continuous", required=True, help="one of continuous tokens, on the same grid")
     parser.add_argument("--systems", nargs="+", default=list(SYSTEMS), choices=list(SYSTEMS), metavar="SYSTEM")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
-    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--steps", type=int, default=800)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--views", type=int, default=8, help="augmented views of every training image")

@@ -84,7 +84,7 @@ SYSTEMS: dict[str, dict[str, Any]] = {
         },
         "sampling": {"guidance_schedule": "linear", "options": {"steps": 4, "pivot_steps": 8}},
     },
-    "xar-token": _xar(entity="token"),
+    "xar-token": _xar(entity="token", sampling_steps=10),  # 64 entities
     "xar-cell": _xar(entity="cell", entity_size=[4, 4]),
     "xar-subsample": _xar(entity="subsample", entity_size=[2, 2]),
     "xar-scale": _xar(entity="scale"),

@@ -18,7 +18,16 @@ FLOORS = (
         "vargen." + n for n in ("checkpoint", "condition", "config", "guidance", "layout", "noise", "order", "registry", "space")
     ),
     ("vargen.model", "vargen.nn"),
-    ("vargen.flow", "vargen.heads", "vargen.losses", "vargen.text", "vargen.clips", "vargen.data", "vargen.metrics"),
+    (
+        "vargen.flow",
+        "vargen.heads",
+        "vargen.losses",
+        "vargen.text",
+        "vargen.clips",
+        "vargen.data",
+        "vargen.editing",
+        "vargen.metrics",
+    ),
     ("vargen.decoding",),
     ("vargen.tokenizers", "vargen.backbones"),
     ("vargen.official",),

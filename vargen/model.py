@@ -303,11 +303,14 @@ class Generator(VargenModel):
         conditioning: parts of a :class:`Condition` that it takes, of ``class``, ``text``, ``text_ids``, ``tokens`` (given
             ones, to be continued) and ``context``; empty for unconditional models.
         scheduled: ``training_losses`` takes ``progress=``, the share in [0, 1] of the training that is done.
+        edits: ``generate`` takes ``known=`` and ``tokens=``, see :func:`vargen.decoding.masked.given_tokens`: a part of a picture
+            is kept and the rest drawn.
         coarse_from: what the coarser levels of its tokens are made of, where there are any: ``latents`` or ``pixels``, see
             :class:`vargen.tokenizers.pyramid.PyramidTokenizer`.
     """
 
     scheduled: ClassVar[bool] = False
+    edits: ClassVar[bool] = False
     coarse_from: ClassVar[str] = "latents"
 
     @property

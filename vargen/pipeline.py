@@ -17,6 +17,7 @@ from torch import Tensor
 from vargen.checkpoint import check_model_directory
 from vargen.clips import Clips, continuation
 from vargen.condition import Condition
+from vargen.editing import Pictures, read_edit
 from vargen.errors import CheckpointError, SpaceError, VargenError, nearest
 from vargen.guidance import Guidance, Schedule
 from vargen.model import Generator, OnStep, Sampling, StepInfo, VisualTokenizer
@@ -103,6 +104,9 @@ class VisualARPipeline(DiffusionPipeline):
         class_labels: int | str | Sequence[int | str] | Tensor | None = None,
         *,
         video: Clips | None = None,
+        image: Pictures | None = None,
+        mask: Any = None,
+        keep_pixels: bool = False,
         batch_size: int | None = None,
         guidance_scale: float | None = None,
         guidance_schedule: str | Schedule | None = None,
@@ -122,6 +126,9 @@ class VisualARPipeline(DiffusionPipeline):
             prompt: text or texts; class_labels: labels or class names; batch_size: for unconditional models.
             video: first frames of clips to be continued, in any form that :func:`vargen.clips.as_clips` takes. The clips that come
                 back begin with these frames as the tokenizer reconstructs them.
+            image, mask: a picture of which the part under the mask (white, True) is drawn anew, see
+                :func:`vargen.editing.read_edit`. Tokens whose whole patch lies outside the mask are kept exactly, and with
+                ``keep_pixels`` all pixels outside of it.
             guidance_scale, guidance_schedule, temperature, top_k, top_p: see :class:`Guidance` and :class:`Sampling`; where None,
                 the pipeline's ``defaults``, then plain sampling without guidance.
             generator: a seed, a ``torch.Generator``, one for each sample, or a :class:`Noise`.
@@ -132,7 +139,8 @@ class VisualARPipeline(DiffusionPipeline):
             options: the model's own, see its ``generate``.
 
         Raises:
-            VargenError: a condition that the model does not take, an unknown setting or output type.
+            VargenError: a condition that the model does not take, an unknown setting or output type, or a part of a picture that it
+                cannot keep.
         """
         if output_type not in ("pil", "np", "pt"):
             raise VargenError(f"output_type '{output_type}': expected 'pil', 'np' or 'pt'")
@@ -155,6 +163,13 @@ class VisualARPipeline(DiffusionPipeline):
             if callback_on_step_end is not None:
                 callback_on_step_end(self, info.index, info.index, {"tokens": info.tokens})
 
+        edit = None
+        if image is not None or mask is not None:
+            edit = read_edit(self.visual_tokenizer, image, mask, size, condition.text, noise)
+            condition, keep = edit.arguments(self.model, condition)
+            settings.update(keep)
+        elif keep_pixels:
+            raise VargenError("keep_pixels without image and mask: there are no pixels to keep")
         tokens = self.model.generate(
             condition,
             batch_size=size,
@@ -165,6 +180,8 @@ class VisualARPipeline(DiffusionPipeline):
             **settings,
         )
         pixels = self.paint(tokens, condition, noise, **(decode_options or {}))
+        if edit is not None and keep_pixels:
+            pixels = edit.paste(pixels)
         return VisualAROutput(images=to_output(pixels, output_type), tokens=tokens)
 
     def condition(

@@ -152,6 +152,30 @@ def test_samples_do_not_depend_on_their_batch(entity):
     assert [info.index for info in infos] == list(range(model.num_entities))
 
 
+@pytest.mark.parametrize("entity", ["token", "cell", "subsample"])
+def test_given_first_entities_are_gone_on_from(entity):
+    """Draws are addressed by entity, so giving what was drawn before changes nothing."""
+    model, guidance = build(entity), Guidance(2.0, schedule="linear-entity")
+    tokens = model.generate(CONDITION, noise=Noise(5, 2), guidance=guidance)
+    known, infos = model.order.step_of.reshape(4, 4) < 3, []
+    again = model.generate(
+        CONDITION, noise=Noise(5, 2), guidance=guidance, known=known, tokens=tokens, on_step=infos.append, sampling_steps=3
+    )
+    assert torch.equal(again[:, known], tokens[:, known])
+    assert torch.allclose(again, tokens, rtol=1e-3, atol=1e-4)
+    assert [(info.index, info.total) for info in infos] == [(k, model.num_entities - 3) for k in range(model.num_entities - 3)]
+
+
+@ALL
+def test_other_given_parts_are_refused(entity):
+    model = build(entity)
+    for last in (torch.zeros(4, 4, dtype=torch.bool), torch.ones(4, 4, dtype=torch.bool)):
+        last[3, 3] = True
+        last[0, 0] = False
+        with pytest.raises(VargenError, match=f"entity after entity \\({entity}\\).*masked system such as MAR"):
+            model.generate(CONDITION, known=last, tokens=torch.zeros(2, *model.space.token_shape))
+
+
 def test_first_entity_is_unguided_with_the_published_schedule():
     model, noise, first, guided = build("cell"), Noise(1, 2), [], []
     model.generate(CONDITION, noise=noise, on_step=first.append)
@@ -176,8 +200,6 @@ def test_round_trip_through_a_directory(tmp_path):
 
 def test_bad_arguments_are_refused():
     model = build()
-    with pytest.raises(VargenError, match="xAR cannot keep given tokens"):
-        model.generate(CONDITION, known=torch.ones(4, 4, dtype=torch.bool), tokens=torch.zeros(2, 4, 4, 3))
     with pytest.raises(ConfigError, match="did you mean 'sampling_steps'"):
         model.generate(CONDITION, sampling_step=3)
     with pytest.raises(ConfigError, match="at least 2"):

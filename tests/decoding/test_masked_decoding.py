@@ -94,9 +94,9 @@ def test_given_tokens_must_lie_in_the_space():
 
 
 def test_systems_that_cannot_edit_say_why():
-    refuse_editing({"known": None, "steps": 3}, "xAR", "reasons")
-    with pytest.raises(VargenError, match=r"xAR cannot keep given tokens \(reasons\).*MAR"):
-        refuse_editing({"known": torch.ones(2)}, "xAR", "reasons")
+    refuse_editing({"known": None, "steps": 3}, "ECAR", "reasons")
+    with pytest.raises(VargenError, match=r"ECAR cannot keep given tokens \(reasons\).*MAR"):
+        refuse_editing({"known": torch.ones(2)}, "ECAR", "reasons")
 
 
 def test_take_and_put():

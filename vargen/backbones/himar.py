@@ -116,6 +116,7 @@ class HiMAR(Generator):
     """
 
     scheduled = True
+    edits = True
     coarse_from = "pixels"
 
     @register_to_config

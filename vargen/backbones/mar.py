@@ -69,6 +69,8 @@ class MAR(Generator):
         head_repeats: draws of time and noise per token and training step.
     """
 
+    edits = True
+
     @register_to_config
     def __init__(
         self,

@@ -90,6 +90,8 @@ class MaskGIT(Generator):
         ConfigError: an unknown trunk, or an odd depth of a U-ViT.
     """
 
+    edits = True
+
     @register_to_config
     def __init__(
         self,

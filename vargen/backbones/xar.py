@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from vargen.condition import Condition
 from vargen.config import check_keys
-from vargen.decoding.masked import refuse_editing
+from vargen.decoding.masked import given_tokens
 from vargen.errors import ConfigError, VargenError, nearest
 from vargen.flow.flow import draw_times, euler, euler_maruyama, stochastic_times, straight_path, uniform_times
 from vargen.guidance import Guidance, Progress
@@ -90,6 +90,8 @@ class XAR(Generator):
         attn_dropout, dropout: in training, on attention weights; after attention and in feed-forward layers.
         sampling_steps: network evaluations per entity; sampler: ``sde`` (Euler-Maruyama, the published one) or ``ode`` (Euler).
     """
+
+    edits = True
 
     @register_to_config
     def __init__(
@@ -253,11 +255,12 @@ class XAR(Generator):
         """Tokens ``(B, *space.token_shape)``, entity after entity. The published guidance schedule is ``linear-entity``. Options:
 
         sampling_steps: network evaluations per entity; sampler: ``sde`` or ``ode``; the model's own by default.
+        known, tokens: tokens to keep, which must be the first entities of the order, see
+            :func:`vargen.decoding.masked.given_tokens`.
 
         The temperature scales the noise of the steps of ``sde``, and the initial noise of ``ode``.
         """
-        refuse_editing(options, "xAR", "every token of an entity is denoised together, after all earlier entities")
-        check_keys(options, ("sampling_steps", "sampler"), "XAR.generate")
+        check_keys(options, ("sampling_steps", "sampler", "known", "tokens"), "XAR.generate")
         batch = self.check_condition(condition, batch_size)
         guidance, temperature = guidance or Guidance(), (sampling or Sampling()).temperature
         if guidance.rows > 2:
@@ -268,10 +271,17 @@ class XAR(Generator):
         times = stochastic_times(steps) if sampler == "sde" else uniform_times(steps)
         noise = (noise or Noise.fresh(batch)).to(self.device)
         sequence = torch.zeros(batch, self.order.num_cells, self.config.channels, device=self.device)
+        known, given = given_tokens(self.space, batch, options.get("known"), options.get("tokens"))
+        first = 0
+        if known is not None and given is not None:
+            first = self._known_entities(known)
+            kept = self.cells[: self.bounds[first]].to(self.device)
+            sequence[:, : len(kept)] = given.to(self.device).reshape(sequence.shape)[:, kept]
         with evaluating(self):
             draw = _EntityVelocity(self, condition, batch, guidance)
-            for k, (start, stop) in enumerate(zip(self.bounds, self.bounds[1:])):
-                draw.begin(k, sequence[:, self.bounds[k - 1] : start] if k else None)
+            for k in range(first, self.num_entities):
+                start, stop = self.bounds[k : k + 2]
+                draw.begin(k, sequence)
                 shape = (stop - start, self.config.channels)
                 initial = noise.normal("entity_start", shape, at=(k,)).double()
                 if sampler == "sde":
@@ -280,17 +290,27 @@ class XAR(Generator):
                     sample = euler(draw, initial * temperature, times)
                 sequence[:, start:stop] = sample.tokens.float()
                 if on_step is not None:
-                    on_step(self._info(k, sequence))
+                    on_step(self._info(k, first, sequence))
         return self._from_sequence(sequence)
 
     def _from_sequence(self, sequence: Tensor) -> Tensor:
         return sequence[:, self.cells.argsort().to(sequence.device)].reshape(len(sequence), *self.space.token_shape)
 
-    def _info(self, entity: int, sequence: Tensor) -> StepInfo:
+    def _known_entities(self, known: Tensor) -> int:
+        """How many first entities the known cells ``(B, cells)`` make up; raises VargenError if they are anything else."""
+        entities = self.bounds.index(count) if (count := int(known[0].sum())) in self.bounds else 0
+        if len(self.order.levels) > 1 or not entities or not known[:, self.cells[: self.bounds[entities]].to(known.device)].all():
+            raise VargenError(
+                f"xAR draws entity after entity ({self.config.entity}), so that it can keep only whole ones from the first on: "
+                "edit with a masked system such as MAR or Hi-MAR"
+            )
+        return entities
+
+    def _info(self, entity: int, first: int, sequence: Tensor) -> StepInfo:
         known = (self.order.step_of <= entity).float()
         known = known.reshape(self.space.shape) if len(self.order.levels) == 1 else known
         level = int(self.order.level_of[self.order.groups[entity][0]])
-        return StepInfo(entity, self.num_entities, self._from_sequence(sequence), known, level)
+        return StepInfo(entity - first, self.num_entities - first, self._from_sequence(sequence), known, level)
 
 
 def _step_noise(noise: Noise, shape: tuple[int, ...], entity: int) -> Callable[[int], Tensor]:
@@ -300,8 +320,8 @@ def _step_noise(noise: Noise, shape: tuple[int, ...], entity: int) -> Callable[[
 class _EntityVelocity:
     """The guided velocity of the current entity given the clean ones before it, as samplers call it.
 
-    The first evaluation of an entity also runs the entity before it, now clean at time 0, and adds it to the cache; so the cache
-    never holds noisy tokens and there are no evaluations besides those of the sampler.
+    The first evaluation of an entity also runs those before it that the cache lacks (one, unless several were given), now clean at
+    time 0, and adds them to it; so the cache never holds noisy tokens and there are no evaluations besides those of the sampler.
     """
 
     def __init__(self, model: XAR, condition: Condition, batch_size: int, guidance: Guidance) -> None:
@@ -311,26 +331,28 @@ class _EntityVelocity:
         self.classes = model.condition(labels, drop_rows(guidance.rows, batch_size, model.device))
         attn = model.encoder[0].attn
         layers = len(model.encoder) + len(model.decoder)
+        self.cached = 0  # entities in the cache
         self.cache = KVCache(layers, rows, attn.heads, model.order.num_cells, attn.head_dim, model.dtype, model.device)
 
-    def begin(self, entity: int, clean: Tensor | None) -> None:
-        """Turns to an entity; ``clean`` ``(B, n, C)`` is the one before it."""
+    def begin(self, entity: int, sequence: Tensor) -> None:
+        """Turns to an entity; ``sequence`` ``(B, N, C)`` holds the clean ones before it."""
+        bounds = self.model.bounds
         progress = Progress(entity, self.model.num_entities, entity=entity, entities=self.model.num_entities)
-        self.entity, self.clean, self.scale = entity, clean, self.guidance.at(progress)
+        self.entity, self.scale = entity, self.guidance.at(progress)
+        self.clean = sequence[:, bounds[self.cached] : bounds[entity]]
 
     def __call__(self, x: Tensor, t: float) -> Tensor:
-        model, first = self.model, self.entity
+        model, first = self.model, self.cached
         tokens, mask = x.float(), None
         times = torch.tensor([t], dtype=torch.float32, device=x.device)
-        if self.clean is not None:
-            first -= 1
+        if first < self.entity:
             tokens = torch.cat([self.clean, tokens], dim=1)
-            times = torch.cat([torch.zeros_like(times), times])
+            times = torch.cat([times.new_zeros(self.entity - first), times])
             stop = model.bounds[self.entity + 1]
             mask = model.block_causal(torch.arange(model.bounds[first], stop), torch.arange(stop)).to(x.device)
         tokens = tokens.repeat(self.guidance.rows, 1, 1)
         velocity = model.velocity(tokens, times.expand(len(tokens), -1), self.classes, first, mask, self.cache)
-        if self.clean is not None:
+        if first < self.entity:
             self.cache.advance(self.clean.shape[1])
-            self.clean = None
+            self.cached = self.entity
         return self.guidance.combine(velocity[:, -x.shape[1] :].to(x.dtype), self.scale)
