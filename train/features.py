@@ -48,10 +48,10 @@ RECIPES: dict[str, dict[str, Any]] = {
         "steps": 2500,
     },
     "shapes-video": {
-        "data": {"name": "shapes-video", "size": 32, "frames": 8, "length": 6144},
-        "network": {"image_size": 32, "widths": [24, 32, 48, 64], "dim": 64, "frames": 8},
+        "data": {"name": "shapes-video", "size": 24, "frames": 6, "length": 8192},
+        "network": {"image_size": 24, "widths": [32, 48, 64, 64], "dim": 64, "frames": 6},
         "augment": {"shift": 0.0, "rotation": 0.0, "zoom": 0.0, "blur": 0.3, "grain": 0.1},
-        "steps": 1200,
+        "steps": 1500,
     },
 }
 TEST_LENGTH = 2048
