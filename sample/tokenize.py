@@ -32,12 +32,14 @@ from vargen.noise import ModalNoise, Noise
 from vargen.sample.load import load_tokenizer, pick_device, resolve
 from vargen.sample.manifest import Manifest
 from vargen.text import load_text_encoder
+from vargen.tokenizers.frames import FrameTokenizer
 from vargen.tokenizers.pyramid import PyramidTokenizer
 
 SCHEMES = ("center", "moments", "moments-flip", "ten-crop", "random")
 # how the test split of a data set is written whose train split has several views
 PLAIN = {"moments-flip": "moments", "ten-crop": "center", "random": "center"}
 BROKEN = ("skip", "stop")
+VIDEOS = ("video", "shapes-video")
 
 
 @dataclass(frozen=True)
@@ -151,6 +153,7 @@ def tokenize(
             f"scheme '{scheme.name}' stores moments of a posterior, which {type(tokenizer).__name__} has none of: choose center, "
             "ten-crop or random"
         )
+    tokenizer = _for_clips(tokenizer, dataset, dict(options or {}), splits[0])
     encoder = _text_encoder(tokenizer, model, text_encoder, text_features)
     results = []
     for split in splits:
@@ -181,11 +184,10 @@ class _Pictures(Dataset):
     def __init__(self, name: str, options: dict[str, Any], split: str, shape: tuple[int, ...], scheme: Scheme, broken: str) -> None:
         if name == "cache":
             raise ConfigError("data set 'cache' holds tokens already: name the pictures that it was made of")
-        for key in {"split", "size"} & options.keys():
-            raise ConfigError(f"data set option {key}={options[key]}: the size is the tokenizer's, splits are given by --split")
         self.name, self.options, self.split, self.scheme, self.broken = name, options, split, scheme, broken
         self.shape = shape
         frames = {"frames": shape[0]} if len(shape) == 3 else {}
+        _refuse_arguments(options)
         ranges = scheme.crop_ranges if scheme.name == "ten-crop" else (1.0,)
         self.sets = [build_dataset(name, **{**frames, **options, "split": split, "size": int(shape[-1] * r)}) for r in ranges]
         self.data: VisualDataset = self.sets[0]
@@ -226,6 +228,21 @@ class _Pictures(Dataset):
         if self.scheme.name == "ten-crop":
             pixels = [crop for picture in pixels for crop in ten_crop(picture, self.shape[-2], self.shape[-1])]
         return torch.stack(pixels), items[0]["class_label"], items[0].get("caption")
+
+
+def _refuse_arguments(options: Mapping[str, Any]) -> None:
+    for key in ("split", "size"):
+        if key in options:
+            raise ConfigError(f"data set option {key}={options[key]}: the size is the tokenizer's, splits are given by --split")
+
+
+def _for_clips(tokenizer: VisualTokenizer, dataset: str, options: dict[str, Any], split: str) -> VisualTokenizer:
+    """The tokenizer, frame by frame if it is one of images and the data set has videos."""
+    if tokenizer.video or dataset not in VIDEOS:
+        return tokenizer
+    _refuse_arguments(options)
+    frames = build_dataset(dataset, **{**options, "split": split, "size": tokenizer.sample_shape[-1]}).sample_shape[0]
+    return FrameTokenizer.of(tokenizer, frames).to(tokenizer.device).eval()
 
 
 def ten_crop(pixels: Tensor, height: int, width: int) -> list[Tensor]:

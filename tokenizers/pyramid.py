@@ -90,7 +90,7 @@ class PyramidTokenizer(VisualTokenizer):
 
     def tokens_of(self, moments: Tensor, noise: Noise | None = None) -> Tensor:
         if self.config.source == "latents":
-            return self.levels_of(self.base.tokens_of(moments, self._draws(noise, len(self.space.levels) - 1)))
+            return self.of_base(self.base.tokens_of(moments, self._draws(noise, len(self.space.levels) - 1)))
         shapes = self._moments_shapes()
         parts = moments.split([math.prod(shape) for shape in shapes], dim=1)
         levels = [
@@ -99,7 +99,7 @@ class PyramidTokenizer(VisualTokenizer):
         ]
         return torch.cat([level.flatten(1, 2) for level in levels], dim=1)
 
-    def levels_of(self, finest: Tensor) -> Tensor:
+    def of_base(self, finest: Tensor) -> Tensor:
         """Tokens ``(B, num_tokens, C)`` of all levels, the coarser ones averages of the finest ``(B, h, w, C)``."""
         image = finest.permute(0, 3, 1, 2)
         coarse = [F.adaptive_avg_pool2d(image, grid).permute(0, 2, 3, 1) for grid in self.space.levels[:-1]]
@@ -127,7 +127,7 @@ class PyramidTokenizer(VisualTokenizer):
         """
         images = self._images(pixels, text)
         if self.config.source == "latents":
-            return self.levels_of(self.base.encode(images[-1], text, self._draws(noise, len(self.space.levels) - 1)))
+            return self.of_base(self.base.encode(images[-1], text, self._draws(noise, len(self.space.levels) - 1)))
         levels = [self.base.encode(image, text, self._draws(noise, number)) for number, image in enumerate(images)]
         return torch.cat([level.flatten(1, 2) for level in levels], dim=1)
 

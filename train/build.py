@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from omegaconf import OmegaConf
@@ -23,6 +24,7 @@ from vargen.registry import PUBLIC, load_public, system
 from vargen.sample.load import load_tokenizer, resolve
 from vargen.text import WordEncoder, load_text_encoder, split_words
 from vargen.tokenizers.frames import FrameTokenizer
+from vargen.tokenizers.grid import GridTokenizer
 from vargen.tokenizers.pyramid import PyramidTokenizer
 
 # captions that a word encoder's vocabulary is collected from
@@ -115,8 +117,10 @@ def for_videos(tokenizer: VisualTokenizer, dataset: VisualDataset) -> VisualToke
 
 
 def with_levels(tokenizer: VisualTokenizer, generator: Generator) -> VisualTokenizer:
-    """The tokenizer, made a pyramid if the generator models several levels of its continuous tokens."""
-    levels = generator.space.levels
+    """The tokenizer, made a pyramid if the generator models several levels of its tokens, or a grid if it lays them on one."""
+    levels, space = generator.space.levels, tokenizer.space
+    if len(levels) == 1 and len(space.shape) == 1 < len(levels[0]) and math.prod(levels[0]) == space.num_tokens:
+        return GridTokenizer.of(tokenizer, levels[0])
     if len(levels) == 1 or tokenizer.space.discrete or tokenizer.space.levels != levels[-1:]:
         return tokenizer
     return PyramidTokenizer.of(tokenizer, levels, generator.coarse_from)
@@ -124,11 +128,16 @@ def with_levels(tokenizer: VisualTokenizer, generator: Generator) -> VisualToken
 
 def require_cache(dataset: VisualDataset, held_out: VisualDataset, tokenizer: VisualTokenizer, text_encoder: Any) -> None:
     """Raises DataError or SpaceError unless those of the data sets that are caches were made by these models."""
-    averaged = isinstance(tokenizer, PyramidTokenizer) and tokenizer.config.source == "latents"
     for data in (dataset, held_out):
         if isinstance(data, CachedTokens):
-            # levels that are averages of the finest tokens are made as these are read
-            data.require(tokenizer.base if averaged else tokenizer, text_encoder)  # type: ignore[arg-type]
+            data.require(tokenizer.base if derived(tokenizer) else tokenizer, text_encoder)
+
+
+def derived(tokenizer: VisualTokenizer) -> TypeGuard[PyramidTokenizer | GridTokenizer]:
+    """Its tokens are made of its base's tokens alone, by ``of_base``, so that a cache of the base serves it too."""
+    return isinstance(tokenizer, GridTokenizer) or (
+        isinstance(tokenizer, PyramidTokenizer) and tokenizer.config.source == "latents"
+    )
 
 
 def load_generator(path: str) -> Generator:

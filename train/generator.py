@@ -23,12 +23,12 @@ from vargen.noise import ModalNoise, Noise
 from vargen.pipeline import VisualARPipeline
 from vargen.sample.load import load_tokenizer
 from vargen.text import WordEncoder
-from vargen.tokenizers.pyramid import PyramidTokenizer
 from vargen.train.build import (
     build_data,
     build_generator,
     build_text_encoder,
     copy_with,
+    derived,
     finished,
     for_videos,
     frames,
@@ -150,11 +150,8 @@ class GeneratorTask(Task):
             return self.tokenizer.encode(batch["pixels"].to(self.device), text, noise)
         if "moments" in batch:
             return self.tokenizer.tokens_of(batch["moments"].to(self.device).float(), noise)
-        tokens = batch["tokens"].to(self.device)
-        if self.tokenizer.space.discrete:
-            return tokens.long()
-        several = isinstance(self.tokenizer, PyramidTokenizer) and self.tokenizer.config.source == "latents"
-        return self.tokenizer.levels_of(tokens.float()) if several else tokens.float()
+        tokens = batch["tokens"].to(self.device, torch.int64 if self.tokenizer.space.discrete else torch.float32)
+        return self.tokenizer.of_base(tokens) if derived(self.tokenizer) else tokens
 
     def context(self, batch: Batch) -> Tensor | None:
         """Tokens of the given frames, for models that look at them as another clip."""

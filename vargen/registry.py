@@ -20,6 +20,7 @@ PUBLIC: dict[str, str] = {
     "FrameTokenizer": "vargen.tokenizers.frames",
     "FeatureNet": "vargen.metrics.features",
     "Engine": "vargen.decoding.engine",
+    "GridTokenizer": "vargen.tokenizers.grid",
     "Guidance": "vargen.guidance",
     "HiMAR": "vargen.backbones.himar",
     "KLTokenizer": "vargen.tokenizers.kl",

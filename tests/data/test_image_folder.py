@@ -194,3 +194,17 @@ def test_exact_items_are_never_replaced(folder):
         data.exact(0)
     assert data.item_name(1) == "cat/1.png"
     assert torch.equal(data.exact(1)["pixels"], data[1]["pixels"])
+
+
+def test_other_crops(tmp_path):
+    ramp = np.linspace(0, 255, 60, dtype=np.uint8)[None, :, None].repeat(20, 0).repeat(3, 2)
+    Image.fromarray(ramp).save(tmp_path / "a.png")
+    stretched = ImageFolder(tmp_path, size=16, crop="stretch")[0]["pixels"]
+    assert stretched[0, 0, 0] < -0.9
+    assert stretched[0, 0, -1] > 0.9
+    resized = [ImageFolder(tmp_path, size=16, crop="resized").get(0, epoch)["pixels"][0, 0] for epoch in range(8)]
+    spans = [float(row[-1] - row[0]) for row in resized]
+    assert len(set(spans)) == 8
+    assert all(0.5 < span < 2 for span in spans)
+    with pytest.raises(DataError, match="did you mean 'random'"):
+        ImageFolder(tmp_path, crop="randon")

@@ -27,6 +27,7 @@ from vargen.noise import ModalNoise, Noise
 from vargen.sample.load import load_tokenizer
 from vargen.sample.tokenize import Result, Scheme, ten_crop, tokenize
 from vargen.text import WordEncoder
+from vargen.tokenizers.frames import FrameTokenizer
 from vargen.tokenizers.kl import KLTokenizer
 from vargen.tokenizers.larp import LARPTokenizer
 from vargen.tokenizers.pyramid import PyramidTokenizer
@@ -440,3 +441,13 @@ def test_the_command(models: Path, tmp_path: Path):
     assert "safetensors" in CliRunner().invoke(app, ["tokenize", "--help"]).output
     bad = CliRunner().invoke(app, [*arguments, "--crop-range", "x"])
     assert isinstance(bad.exception, ConfigError)
+
+
+def test_clips_by_an_image_tokenizer(models: Path, tmp_path: Path):
+    write(models / "vq", tmp_path, "shapes-video", {"length": 2, "frames": 3})
+    cache = CachedTokens(tmp_path)
+    clip = build_dataset("shapes-video", size=16, frames=3, length=2)[1]["pixels"]
+    tokenizer = FrameTokenizer.of(load_tokenizer(str(models / "vq")), 3)
+    assert cache.sample_shape == (3, 16, 16)
+    assert torch.equal(cache[1]["tokens"].long(), tokenizer.encode(clip[None])[0])
+    cache.require(tokenizer)

@@ -23,6 +23,7 @@ from vargen.noise import Noise
 logger = logging.getLogger(__name__)
 
 EXTENSIONS = frozenset((".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"))
+CROPS = ("center", "random", "resized", "stretch")
 CAPTION_KEYS = ("text", "caption", "prompt")
 FILE_KEYS = ("file_name", "file")
 # folder names that hold a ready-made split
@@ -44,8 +45,9 @@ class ImageFolder(VisualDataset):
         root: the folder.
         size: image side in pixels.
         split: ``train``, ``test`` or ``all``.
-        crop: ``center``, the field's (:func:`center_crop`), or ``random``: the short side resized to 1 to 1.25 times ``size``, then
-            cropped anywhere.
+        crop: ``center``, the field's (:func:`center_crop`); ``random``: the short side resized to 1 to 1.25 times ``size``, then
+            cropped anywhere; ``resized``: half to all of the area, at an aspect ratio of 3/4 to 4/3, anywhere, resized (SEED); or
+            ``stretch``: all of the picture, resized whatever its aspect ratio (NBP).
         flip: mirror half of the items.
         holdout: share of test images where the folder has no split of its own.
         classes: class names in the order of their labels, where the sorted order is not the wanted one.
@@ -72,8 +74,8 @@ class ImageFolder(VisualDataset):
         self.root = Path(root)
         if not self.root.is_dir():
             raise DataError(f"{self.noun} folder '{self.root}' does not exist or is not a folder")
-        if crop not in ("center", "random"):
-            raise DataError(f"crop '{crop}': expected center or random")
+        if crop not in CROPS:
+            raise DataError(f"crop '{crop}'{nearest(crop, CROPS)}")
         if not 0 < holdout < 1:
             raise DataError(f"holdout {holdout}: expected a share between 0 and 1")
         self.sample_shape = (check_size(size), size)
@@ -219,16 +221,26 @@ class ImageFolder(VisualDataset):
         return text.read_text(encoding="utf-8", errors="replace").strip() if text.is_file() else ""
 
     def _crop(self, image: Image.Image, index: int, epoch: int) -> Tensor:
-        u = Noise(self.seed, [index]).uniform("folder/crop", (4,), at=(epoch,))[0].tolist()
+        u = Noise(self.seed, [index]).uniform("folder/crop", (5,), at=(epoch,))[0].tolist()
         if self.crop == "center":
             cropped = center_crop(image, self.size)
         else:
             # the crop's box in the file's own pixels, so that an extreme aspect ratio never becomes a huge intermediate image
-            side = min(image.size) * self.size / round(self.size * (1 + 0.25 * u[0]))
-            left, top = u[1] * (image.width - side), u[2] * (image.height - side)
-            cropped = image.resize((self.size, self.size), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
+            width, height = self._box(image.size, u)
+            left, top = u[1] * (image.width - width), u[2] * (image.height - height)
+            cropped = image.resize((self.size, self.size), Image.Resampling.BICUBIC, box=(left, top, left + width, top + height))
         pixels = torch.from_numpy(np.array(cropped)).permute(2, 0, 1).float() / 127.5 - 1
         return pixels.flip(-1) if self.flip and u[3] < 0.5 else pixels
+
+    def _box(self, size: tuple[int, int], u: list[float]) -> tuple[float, float]:
+        """Width and height of the crop."""
+        if self.crop == "random":
+            side = min(size) * self.size / round(self.size * (1 + 0.25 * u[0]))
+            return side, side
+        if self.crop == "stretch":
+            return size
+        area, ratio = (0.5 + 0.5 * u[0]) * size[0] * size[1], (4 / 3) ** (2 * u[4] - 1)
+        return min(math.sqrt(area * ratio), size[0]), min(math.sqrt(area / ratio), size[1])
 
     def verify(self) -> dict[str, str]:
         """Decodes every file and returns ``skipped`` complete: a slow, thorough check of the folder."""
