@@ -2,14 +2,17 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from vargen.cli.convert import convert
 from vargen.condition import TextFeatures
 from vargen.errors import CheckpointError, ConfigError, SpaceError, VargenError
 from vargen.noise import Noise
 from vargen.official.seed import load
+from vargen.sample.reconstruct import reconstruct
 from vargen.tokenizers.seed.captions import BEGIN, UNKNOWN, CaptionIds, clean_caption
 from vargen.tokenizers.seed.embedder import SeedEmbedder
 from vargen.tokenizers.seed.qformer import QFormer
 from vargen.tokenizers.seed.tokenizer import SeedTokenizer
+from vargen.tokenizers.seed.unclip_training import UnCLIP
 from vargen.tokenizers.seed.vit import VisionEncoder
 
 SIZES = {
@@ -300,6 +303,23 @@ def test_official_file(tmp_path, pixels):
     assert torch.equal(loaded.encode(pixels), ids)
     assert torch.equal(loaded.embed(ids), model.embed(ids))
     assert load(tmp_path / "seed_quantizer.pt", **HEADS, unclip="owner/unclip").config.unclip == "owner/unclip"
+
+
+def test_released_files_become_a_tokenizer_that_draws(tmp_path):
+    torch.manual_seed(0)
+    decoder = UnCLIP(16, embedding_dim=6, vision_dim=16, vision_depth=1, vision_heads=2, vae_widths=[8, 8], unet_widths=[16, 16])
+    decoder.pipeline().save_pretrained(tmp_path / "unclip")
+    torch.save(official_state(make(causal=False)), tmp_path / "seed_quantizer.pt")
+    settings = [f"{name}={value}" for name, value in {**HEADS, "unclip": tmp_path / "unclip"}.items()]
+    convert("seed", tmp_path / "seed_quantizer.pt", tmp_path / "seed", settings)
+    trips, folder = reconstruct(
+        str(tmp_path / "seed"), "shapes", num=2, output=tmp_path / "out", settings={"num_inference_steps": 2, "guidance_scale": 3.0}
+    )
+    assert trips[0].tokens == 5
+    assert trips[0].pixels.shape == (2, 3, 16, 16)
+    assert (folder / "reconstruct.png").is_file()
+    with pytest.raises(ConfigError, match="num_inference_steps"):
+        reconstruct(str(tmp_path / "seed"), "shapes", num=2, output=tmp_path / "new", settings={"num_inference_step": 2})
 
 
 def test_official_image_encoder_of_its_own(tmp_path, pixels):
