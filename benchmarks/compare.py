@@ -34,11 +34,10 @@ from vargen.checkpoint import atomic_write
 from vargen.config import load_config
 from vargen.data.base import build_dataset
 from vargen.decoding.flops import generation_cost
-from vargen.guidance import Guidance
 from vargen.metrics.evaluate import evaluate_images
 from vargen.metrics.features import load_feature_net
 from vargen.noise import Noise
-from vargen.pipeline import VisualARPipeline
+from vargen.pipeline import VisualARPipeline, split_settings
 from vargen.sample.load import load_tokenizer
 from vargen.sample.picture import to_images
 from vargen.train.run import train
@@ -83,11 +82,8 @@ def run_one(name: str, seed: int, arguments: argparse.Namespace) -> None:
         parts.append(pipe(class_labels=labels[rows], generator=Noise(seed, rows), output_type="pt", **settings).images)
     pixels = torch.cat(parts).clamp(-1, 1)
     report = judge(pixels, labels, arguments)
-    options = {
-        k: v for k, v in settings.items() if k not in ("guidance_scale", "guidance_schedule", "temperature", "top_k", "top_p")
-    }
-    guidance = Guidance(settings["guidance_scale"], schedule=settings.get("guidance_schedule", "constant"))
-    cost = generation_cost(pipe.model, guidance=guidance, **options)
+    guidance, sampling, options = split_settings(settings)
+    cost = generation_cost(pipe.model, guidance=guidance, sampling=sampling, **options)
     result = {
         "parameters": sum(p.numel() for p in pipe.model.parameters()),
         **report,

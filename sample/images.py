@@ -9,9 +9,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from vargen.decoding.flops import generation_cost
 from vargen.errors import VargenError
+from vargen.pipeline import VisualARPipeline, split_settings
 from vargen.sample.animation import write_animation
-from vargen.sample.job import DEFAULT_BATCH_SIZE, draw, make_job
+from vargen.sample.edit import edit_files
+from vargen.sample.job import DEFAULT_BATCH_SIZE, Job, draw, make_job
 from vargen.sample.load import load_pipeline
 from vargen.sample.manifest import Manifest, read_job
 from vargen.sample.results import write_grid, write_npz
@@ -25,6 +28,7 @@ class JobResult:
         folder: the job's folder.
         done, num: finished images, and images asked for; grid, npz and animation are written once they are equal.
         files: what was written besides the images.
+        flops: floating-point operations of generating the tokens of one image, for models whose sampling reports them.
         noun: ``images`` or ``videos``.
     """
 
@@ -33,6 +37,7 @@ class JobResult:
     num: int
     files: list[Path]
     noun: str = "images"
+    flops: int | None = None
 
 
 def sample(
@@ -48,6 +53,9 @@ def sample(
     animate: bool = False,
     clips: Sequence[str | Path] = (),
     frames: int | None = None,
+    image: str | Path | None = None,
+    mask: str | Path | None = None,
+    keep_pixels: bool = False,
     format: str | None = None,
     fps: float = 8.0,
     shard: tuple[int, int] = (0, 1),
@@ -65,6 +73,8 @@ def sample(
         output: the folder; without it ``outputs/<model>-<settings>``.
         npz: also write ``samples.npz`` for FID evaluators; animate: also write ``animation.gif``.
         clips: video files or folders of frames whose first ``frames`` frames are continued; they cycle like labels.
+        image, mask, keep_pixels: a picture file, and one that is white where every image draws it anew, see
+            :class:`vargen.sample.edit.EditFiles`.
         format, fps: ``mp4`` (the default), ``gif`` or ``frames`` of videos, and their rate; images are ``png``.
         shard: ``(k, n)``, draw only the images whose number is k modulo n.
         settings: ``guidance_scale, temperature, top_k, top_p``, ``guidance_schedule`` or the model's own options; what is absent or
@@ -80,7 +90,9 @@ def sample(
     if not 0 <= shard[0] < shard[1]:
         raise VargenError(f"shard {shard[0]}/{shard[1]}: expected k/n with 0 <= k < n")
     chosen = {key: value for key, value in (settings or {}).items() if value is not None}
-    extras = {"given": "+".join(Path(clip).stem for clip in clips), "frames": frames, "format": format}
+    edit = edit_files(image, mask, keep_pixels)
+    edited = "" if edit is None else f"{Path(edit.image).stem}+{Path(edit.mask).stem}{'+keep' if keep_pixels else ''}"
+    extras = {"edit": edited, "given": "+".join(Path(clip).stem for clip in clips), "frames": frames, "format": format}
     named = {**chosen, **{key: value for key, value in extras.items() if value}}
     folder = Path(output) if output is not None else default_folder(model, class_labels, prompts, seed, batch_size, dtype, named)
     pipe = load_pipeline(model, device, dtype)
@@ -98,6 +110,7 @@ def sample(
         settings=chosen,
         clips=clips,
         frames=frames,
+        edit=edit,
         format=format,
         fps=fps,
     )
@@ -113,7 +126,14 @@ def sample(
             files.append(write_npz(manifest, num, seed))
         if animate:
             files.append(write_animation(pipe, job, folder, num))
-    return JobResult(folder, done, num, files, "videos" if pipe.visual_tokenizer.video else "images")
+    noun = "videos" if pipe.visual_tokenizer.video else "images"
+    return JobResult(folder, done, num, files, noun, image_flops(pipe, job) if pipe.model.reports_flops else None)
+
+
+def image_flops(pipe: VisualARPipeline, job: Job) -> int:
+    """What the tokens of one image of the job cost, see :func:`vargen.decoding.flops.generation_cost`."""
+    guidance, sampling, options = split_settings(job.settings)
+    return generation_cost(pipe.model, guidance=guidance, sampling=sampling, **options).flops
 
 
 def default_folder(

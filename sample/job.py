@@ -21,6 +21,7 @@ from vargen.errors import DataError, VargenError, nearest
 from vargen.model import OnStep
 from vargen.noise import Noise
 from vargen.pipeline import VisualARPipeline
+from vargen.sample.edit import EditFiles
 from vargen.sample.files import pick_format, save_sample
 from vargen.sample.given import Given, read_given
 from vargen.sample.manifest import Manifest
@@ -38,6 +39,7 @@ class Job:
         seed: job seed; image ``i`` draws from ``Noise(seed, i)``.
         class_labels, prompts: image ``i`` has entry ``i % len`` of each that is not empty.
         given: first frames of clips to be continued, entry ``i % len`` for video ``i``.
+        edit: the picture and mask that every image is an edit of; None for images from nothing.
         settings: arguments of the pipeline's call: the model's defaults, and what the user set.
         batch_size: the one batch shape that runs.
         dtype, device: e.g. ``float32`` and ``cpu``.
@@ -50,6 +52,7 @@ class Job:
     class_labels: list[int]
     prompts: list[str]
     given: list[Given]
+    edit: EditFiles | None
     settings: dict[str, Any]
     batch_size: int
     dtype: str
@@ -82,7 +85,16 @@ class Job:
     def record(self, index: int, file: str) -> dict[str, Any]:
         """The manifest's line of an image."""
         settings = {**self.settings, "batch_size": self.batch_size, "dtype": self.dtype, "device": self.device}
-        return {"file": file, "index": index, **self.condition(index), "seed": self.seed, "model": self.model, "settings": settings}
+        edit = {} if self.edit is None else {"image": self.edit.image, "mask": self.edit.mask}
+        return {
+            "file": file,
+            "index": index,
+            **self.condition(index),
+            **edit,
+            "seed": self.seed,
+            "model": self.model,
+            "settings": settings,
+        }
 
 
 def make_job(
@@ -97,6 +109,7 @@ def make_job(
     settings: dict[str, Any],
     clips: Sequence[str | Path] = (),
     frames: int | None = None,
+    edit: EditFiles | None = None,
     format: str | None = None,
     fps: float = 8.0,
 ) -> Job:
@@ -128,6 +141,7 @@ def make_job(
         class_labels=labels,
         prompts=list(prompts),
         given=read_given(pipe, clips, frames),
+        edit=edit,
         settings={**pipe.config.defaults, **settings},
         batch_size=batch_size,
         dtype=dtype,
@@ -154,7 +168,10 @@ def run_batch(pipe: VisualARPipeline, job: Job, batch: Sequence[int], on_step: O
     """Pixels of images ``batch``, at the job's batch shape: a short batch is padded by repeating its last image."""
     padded = [*batch, *[batch[-1]] * (job.batch_size - len(batch))]
     noise = Noise(job.seed, padded, pipe.device)
-    pixels = pipe(**job.conditions(padded), **job.settings, generator=noise, output_type="pt", on_step=on_step).images[: len(batch)]
+    edit = {} if job.edit is None else job.edit.arguments()
+    pixels = pipe(**job.conditions(padded), **edit, **job.settings, generator=noise, output_type="pt", on_step=on_step).images[
+        : len(batch)
+    ]
     bad = [index for index, image in zip(batch, pixels) if not torch.isfinite(image).all()]
     if bad:
         raise VargenError(f"image {bad[0]} came out with NaN or infinity: sample in float32, or check that the model was trained")

@@ -305,12 +305,14 @@ class Generator(VargenModel):
         scheduled: ``training_losses`` takes ``progress=``, the share in [0, 1] of the training that is done.
         edits: ``generate`` takes ``known=`` and ``tokens=``, see :func:`vargen.decoding.masked.given_tokens`: a part of a picture
             is kept and the rest drawn.
+        reports_flops: sampling jobs say what an image costs.
         coarse_from: what the coarser levels of its tokens are made of, where there are any: ``latents`` or ``pixels``, see
             :class:`vargen.tokenizers.pyramid.PyramidTokenizer`.
     """
 
     scheduled: ClassVar[bool] = False
     edits: ClassVar[bool] = False
+    reports_flops: ClassVar[bool] = False
     coarse_from: ClassVar[str] = "latents"
 
     @property

@@ -154,8 +154,7 @@ class VisualARPipeline(DiffusionPipeline):
             "top_p": top_p,
         }
         settings = {**self.config.defaults, **{k: v for k, v in {**given, **options}.items() if v is not None}}
-        guidance = Guidance(float(settings.pop("guidance_scale", 1.0)), schedule=settings.pop("guidance_schedule", "constant"))
-        sampling = Sampling(**{k: settings.pop(k) for k in ("temperature", "top_k", "top_p") if k in settings})
+        guidance, sampling, options = split_settings(settings)
 
         def step(info: StepInfo) -> None:
             if on_step is not None:
@@ -167,7 +166,7 @@ class VisualARPipeline(DiffusionPipeline):
         if image is not None or mask is not None:
             edit = read_edit(self.visual_tokenizer, image, mask, size, condition.text, noise)
             condition, keep = edit.arguments(self.model, condition)
-            settings.update(keep)
+            options.update(keep)
         elif keep_pixels:
             raise VargenError("keep_pixels without image and mask: there are no pixels to keep")
         tokens = self.model.generate(
@@ -177,7 +176,7 @@ class VisualARPipeline(DiffusionPipeline):
             guidance=guidance,
             sampling=sampling,
             on_step=step if on_step or callback_on_step_end else None,
-            **settings,
+            **options,
         )
         pixels = self.paint(tokens, condition, noise, **(decode_options or {}))
         if edit is not None and keep_pixels:
@@ -246,6 +245,13 @@ class VisualARPipeline(DiffusionPipeline):
 
 
 VisualARPipeline.__module__ = "vargen"
+
+
+def split_settings(settings: Mapping[str, Any]) -> tuple[Guidance, Sampling, dict[str, Any]]:
+    """Settings of a call, or a pipeline's ``defaults``, as guidance, sampling and the model's own options."""
+    guidance = Guidance(float(settings.get("guidance_scale", 1.0)), schedule=settings.get("guidance_schedule", "constant"))
+    sampling = Sampling(**{key: settings[key] for key in ("temperature", "top_k", "top_p") if key in settings})
+    return guidance, sampling, {key: value for key, value in settings.items() if key not in SETTINGS}
 
 
 def to_output(pixels: Tensor, output_type: str) -> Any:

@@ -64,6 +64,8 @@ class ECAR(Generator):
         ConfigError: a grid that cannot be halved so often, or ends that do not fit.
     """
 
+    reports_flops = True
+
     @register_to_config
     def __init__(
         self,

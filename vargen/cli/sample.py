@@ -30,6 +30,11 @@ def sample(
         typer.Option(metavar="CLIP", help="Continue the first frames of this video file or folder of frames; several cycle."),
     ] = None,
     given: Annotated[int | None, typer.Option(help="How many of its frames are given; default about half a clip.")] = None,
+    image: Annotated[Path | None, typer.Option(metavar="FILE", help="Edit this picture; of the model's size.")] = None,
+    mask: Annotated[Path | None, typer.Option(metavar="FILE", help="White where the picture is drawn anew.")] = None,
+    keep_pixels: Annotated[
+        bool, typer.Option("--keep-pixels", help="Pixels outside the mask are those of the picture, not of its tokens.")
+    ] = False,
     num: Annotated[int, typer.Option("--num", "-n", help="Number of images in all.")] = 16,
     seed: Annotated[int, typer.Option(help="Image i of a seed is the same whatever the count, shard or restart.")] = 0,
     guidance_scale: Annotated[float | None, typer.Option("--guidance-scale", "--cfg-scale", help="1 is no guidance.")] = None,
@@ -76,6 +81,9 @@ def sample(
         animate=animate,
         clips=frames or (),
         frames=given,
+        image=image,
+        mask=mask,
+        keep_pixels=keep_pixels,
         format=format,
         fps=fps,
         shard=part,
@@ -84,6 +92,8 @@ def sample(
         progress=not quiet,
         settings={**others, "guidance_scale": guidance_scale, "temperature": temperature, "top_k": top_k, "top_p": top_p},
     )
+    if result.flops is not None:
+        typer.echo(f"{result.flops / 1e9:.3g} GFLOPs per image")
     typer.echo(f"{result.done} of {result.num} {result.noun} in {result.folder}")
     for file in result.files:
         typer.echo(str(file))
