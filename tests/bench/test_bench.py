@@ -61,7 +61,7 @@ def command(monkeypatch, capsys, *arguments):
 def test_the_command_prints_a_table_and_writes_the_record(monkeypatch, capsys, tmp_path):
     code, out, _ = command(
         monkeypatch, capsys, "--systems", "llamagen,mar", "--batch-sizes", "1,2", "--repeats", 1, "--output", tmp_path, "--quiet",
-        "--ways", "no-cache,lossless-dynamic,lossless-static,lantern,lantern++,jacobi,continuous", "--device", "cpu",
+        "--ways", "no-cache,static,lossless-dynamic,lossless-static,lantern,lantern++,jacobi,continuous", "--device", "cpu",
     )  # fmt: skip
     assert code == 0
     record = json.loads((tmp_path / "cpu.json").read_text())
@@ -70,10 +70,10 @@ def test_the_command_prints_a_table_and_writes_the_record(monkeypatch, capsys, t
     assert record["versions"]["torch"] == torch.__version__
     assert record["ceilings"]["flops_per_second"] > 0
     rows = {(row["system"], row["way"], row["batch_size"]): row for row in record["rows"]}
-    assert len(rows) == len(record["rows"]) == 2 * (7 + 2)
+    assert len(rows) == len(record["rows"]) == 2 * (8 + 2)
     assert out.count("\n| ") == 1 + len(rows)
     for (_, way, batch), row in rows.items():
-        if batch == 2 and way not in ("plain", "no-cache", "continuous"):
+        if batch == 2 and way not in ("plain", "no-cache", "static", "continuous"):
             assert "one after the other" in row["left_out"]
             continue
         assert set(row) >= MEASURED, (way, row)
@@ -95,7 +95,7 @@ def test_every_way_is_tried_on_every_system_that_it_applies_to():
         names[name] = {way for way, make in WAYS.items() if make(subject) is not None}
     speculative = {"jacobi", "lossless-dynamic", "lossless-static", "lantern", "lantern++"}
     for name in ("llamagen", "larp", "flextok-ar"):
-        assert names[name] >= {"plain", "no-cache"} | speculative
+        assert names[name] >= {"plain", "no-cache", "static", "compiled"} | speculative
     for name in ("nar", "nbp"):
         assert names[name] >= {"plain", "no-cache"}
         assert not names[name] & speculative

@@ -18,6 +18,7 @@ from vargen.bench.uncached import Uncached
 from vargen.decoding.acceptance import Acceptance
 from vargen.decoding.continuous import ContinuousSpeculation
 from vargen.decoding.draft import Acceptor, Draft, Uniforms, Verdict
+from vargen.decoding.engine import Engine
 from vargen.decoding.jacobi import Jacobi
 from vargen.decoding.lantern import Lantern
 from vargen.decoding.neighbors import nearest_codes
@@ -71,10 +72,25 @@ def no_cache(subject: Subject) -> Run | None:
     return Run(partial(subject.generate, decoding=Uncached()), (subject.model,))
 
 
-def compiled(subject: Subject) -> Run | None:
-    """Blocks of masked and flow systems through torch.compile; causal ones have the engine for that."""
-    if isinstance(subject.model, CausalGenerator):
+def static(subject: Subject) -> Run | None:
+    """Passes padded to a few fixed shapes."""
+    if not isinstance(subject.model, CausalGenerator):
         return None
+    return Run(partial(subject.generate, decoding=Engine(buckets=4)), (subject.model,))
+
+
+def graphs(subject: Subject, compile: bool) -> Run | None:
+    """Passes of fixed shape as CUDA graphs."""
+    if not isinstance(subject.model, CausalGenerator) or subject.model.device.type != "cuda":
+        return None
+    engine = Engine(compile=compile, graphs=True)
+    return Run(partial(subject.generate, decoding=engine), (subject.model,), countable=False)
+
+
+def compiled(subject: Subject) -> Run | None:
+    """Blocks through torch.compile: by the engine, or in place in masked and flow systems."""
+    if isinstance(subject.model, CausalGenerator):
+        return Run(partial(subject.generate, decoding=Engine(compile=True)), (subject.model,), countable=False)
     swap = CompiledBlocks(subject.model)
     return Run(partial(_within, swap, subject.generate), (subject.model,), countable=False)
 
@@ -159,7 +175,10 @@ def continuous(subject: Subject) -> Run | None:
 WAYS: dict[str, Way] = {
     PLAIN: plain,
     "no-cache": no_cache,
+    "static": static,
     "compiled": compiled,
+    "graphs": partial(graphs, compile=False),
+    "compiled-graphs": partial(graphs, compile=True),
     "triton": triton,
     "jacobi": partial(speculative, tokens=TOKENS["jacobi"], make=_jacobi),
     "lossless-dynamic": partial(speculative, tokens=TOKENS["lossless-dynamic"], make=_eagle),
