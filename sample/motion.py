@@ -9,12 +9,15 @@ from pathlib import Path
 import av
 import numpy as np
 from av.error import FFmpegError
-from PIL import Image
+from PIL import GifImagePlugin, Image
 from torch import Tensor
 
 from vargen.checkpoint import atomic_write
 from vargen.errors import DataError, VargenError
 from vargen.sample.picture import to_uint8
+
+# the application extension that makes viewers repeat for ever
+_ENDLESS = b"!\xff\x0bNETSCAPE2.0\x03\x01\x00\x00\x00"
 
 
 def frames_of(pixels: Tensor) -> np.ndarray:
@@ -25,13 +28,22 @@ def frames_of(pixels: Tensor) -> np.ndarray:
 
 
 def save_gif(frames: Sequence[Image.Image], path: str | Path, fps: float = 8.0, hold: float = 1.0) -> None:
-    """Writes an endless GIF whose last frame stays for ``hold`` seconds; frames have one size."""
+    """Writes an endless GIF whose last frame stays for ``hold`` seconds; frames have one size, and a palette each.
+
+    Frames are written one by one, as Pillow's own animations melt equal frames into one and a still clip would lose its length.
+    """
     if not frames:
         raise VargenError("an animation of no frames: expected at least one")
     durations = [round(1000 / fps)] * (len(frames) - 1) + [round(1000 * max(hold, 1 / fps))]
+    flat = [frame if frame.mode == "P" else frame.convert("P", palette=Image.Palette.ADAPTIVE) for frame in frames]
 
     def write(temporary: Path) -> None:
-        frames[0].save(temporary, format="GIF", save_all=True, append_images=frames[1:], duration=durations, loop=0)
+        with open(temporary, "wb") as file:
+            file.writelines(GifImagePlugin.getheader(flat[0])[0])
+            file.write(_ENDLESS)
+            for frame, duration in zip(flat, durations):
+                file.writelines(GifImagePlugin.getdata(frame, include_color_table=True, duration=duration))
+            file.write(b";")
 
     atomic_write(path, write)
 

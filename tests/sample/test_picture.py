@@ -123,6 +123,18 @@ def test_gif_keeps_every_frame_and_holds_the_last(tmp_path: Path) -> None:
     assert durations == [100, 100, 1500]
 
 
+def test_still_clips_keep_their_frames(tmp_path: Path) -> None:
+    still = [Image.new("RGB", (8, 8), (200, 100, 50))] * 5
+    save_gif(still, tmp_path / "a.gif", fps=10, hold=0)
+    with Image.open(tmp_path / "a.gif") as gif:
+        assert gif.n_frames == 5
+        assert gif.info["duration"] == 100
+        assert gif.info["loop"] == 0
+    frames = read_frames(tmp_path / "a.gif")
+    assert frames.shape == (5, 8, 8, 3)
+    assert np.abs(frames.astype(int) - (200, 100, 50)).max() <= 3
+
+
 @pytest.mark.parametrize("size", [(32, 48), (33, 17)])
 def test_video_round_trip(tmp_path: Path, size: tuple[int, int]) -> None:
     ramp = np.linspace(0, 255, size[0] * size[1]).reshape(*size, 1).repeat(3, axis=2)
