@@ -3,8 +3,8 @@
     vargen train digits/drafter
     python benchmarks/speculation.py digits --drafter outputs/train/digits-drafter/final
 
-Rows: plain decoding; lossless trees, dynamic and static; LANTERN over k and its additive bound; LANTERN++ over k and its ratio; and
-drafts without a drafter (Jacobi), lossless and relaxed. All rows draw the same samples, one at a time as speculation does, in turns
+Rows: plain decoding; then the dynamic tree (EAGLE-2, LANTERN), a static tree (EAGLE, LANTERN++), a chain, and drafts without a
+drafter (Jacobi), each lossless and relaxed over k neighbours with an additive bound δ or a ratio λ. All rows draw the same samples, one at a time as speculation does, in turns
 of a few, so that a change of load meets all of them. Every seed is a run of its own; what is drawn is kept under ``--work``, so
 that a run that was stopped goes on where it was.
 """
@@ -36,29 +36,35 @@ from vargen.metrics.features import load_feature_net
 from vargen.noise import Noise
 from vargen.sample.load import load_pipeline
 
-STATIC = "naive_extend_57"
 PLAIN = "plain"
 TURN = 10
-# k and bound of the relaxed rows; LANTERN's own k = 1000 is a sixteenth of its codebook, as 8 is of the digits'
-ADDITIVE = [(8, 0.05), (8, 0.1), (8, 0.2), (8, 0.4), (32, 0.1), (32, 0.2), (32, 0.4)]
-RATIOS = [(8, 2.0), (10, 5.0), (5, 10.0), (5, 20.0)]
+# tree -> how it is called, and (k, bound) of its relaxed rows; LANTERN's own k = 1000 is a sixteenth of its codebook, as 8 is here
+TREES: dict[str | None, tuple[str, list[tuple[int, dict[str, float]]]]] = {
+    None: ("dynamic tree", [(8, {"delta": 0.1}), (8, {"delta": 0.4})]),
+    "naive_extend_57": (
+        "static tree",
+        [(10, {"ratio": 5.0}), (5, {"ratio": 10.0}), (5, {"ratio": 20.0}), (3, {"delta": 0.4})],
+    ),
+    "chain_5": ("chain of 5", [(10, {"ratio": 5.0}), (5, {"ratio": 10.0})]),
+}
+SYMBOLS = {"delta": "δ", "ratio": "λ"}
 
 
 def decodings(drafter: EagleDrafter, table: Tensor) -> dict[str, Speculation | None]:
     """The rows of the table, by name."""
-    rows: dict[str, Speculation | None] = {
-        PLAIN: None,
-        "lossless, dynamic tree": Lantern(drafter),
-        "lossless, static tree": Lantern(drafter, tree=STATIC),
-        "lossless, chain of 5": Lantern(drafter, tree="chain_5"),
-    }
-    for k, delta in ADDITIVE:
-        rows[f"LANTERN, k={k}, δ={delta:g}"] = Lantern(drafter, table, k, delta=delta)
-    for k, ratio in RATIOS:
-        rows[f"LANTERN++, k={k}, λ={ratio:g}"] = Lantern(drafter, table, k, ratio=ratio, tree=STATIC)
-    rows["lossless, Jacobi"] = Speculation(Jacobi(), Acceptance())
-    rows["Jacobi, k=10, λ=5"] = Speculation(Jacobi(), Acceptance(Relaxation(table, 10, ratio=5.0)))
+    rows: dict[str, Speculation | None] = {PLAIN: None}
+    for tree, (name, relaxed) in TREES.items():
+        rows[f"{name}, lossless"] = Lantern(drafter, tree=tree)
+        for k, bound in relaxed:
+            rows[f"{name}, {described(k, bound)}"] = Lantern(drafter, table, k, tree=tree, **bound)  # type: ignore[arg-type]
+    rows["Jacobi, lossless"] = Speculation(Jacobi(8), Acceptance())
+    rows[f"Jacobi, {described(10, {'ratio': 5.0})}"] = Speculation(Jacobi(8), Acceptance(Relaxation(table, 10, ratio=5.0)))
     return rows
+
+
+def described(k: int, bound: dict[str, float]) -> str:
+    ((name, value),) = bound.items()
+    return f"k={k}, {SYMBOLS[name]}={value:g}"
 
 
 def draw(pipe: Any, decoding: Speculation | None, seed: int, number: int) -> dict[str, Tensor]:
@@ -155,7 +161,7 @@ def main() -> None:
     arguments = parser.parse_args()
     pipe = load_pipeline(arguments.model)
     drafter = EagleDrafter.from_pretrained(arguments.drafter).to(pipe.model.device).eval()
-    rows = decodings(drafter, neighbor_table(pipe.visual_tokenizer, 33))
+    rows = decodings(drafter, neighbor_table(pipe.visual_tokenizer, 11))
     if arguments.rows:
         rows = {name: way for name, way in rows.items() if name == PLAIN or arguments.rows in name}
     results: dict[str, list[dict[str, float]]] = {name: [] for name in rows}
