@@ -38,7 +38,7 @@ run() {
 }
 
 run "tests of the kernels" timeout "${limits[0]}" "$python" -m pytest -q tests/kernels
-run "times of the kernels" timeout "${limits[1]}" "$python" benchmarks/kernels.py --device "$device" --dtype "$dtype" \
+run "times of the kernels" timeout "${limits[1]}" "$python" benchmarks/kernel_times.py --device "$device" --dtype "$dtype" \
     --repeats "$((repeats * 3))" --output "$work/kernels.json"
 run "generation" "$python" -m vargen.cli.main bench --device "$device" --dtype "$dtype" --size "$size" --batch-sizes "$batches" \
     --repeats "$repeats" --seconds 15 --minutes "${limits[2]}" --output "$work/generation.json"

@@ -4,9 +4,9 @@
     python benchmarks/speculation.py digits --drafter outputs/train/digits-drafter/final
 
 Rows: plain decoding; then the dynamic tree (EAGLE-2, LANTERN), a static tree (EAGLE, LANTERN++), a chain, and drafts without a
-drafter (Jacobi), each lossless and relaxed over k neighbours with an additive bound δ or a ratio λ. All rows draw the same samples, one at a time as speculation does, in turns
-of a few, so that a change of load meets all of them. Every seed is a run of its own; what is drawn is kept under ``--work``, so
-that a run that was stopped goes on where it was.
+drafter (Jacobi), each lossless and relaxed over k neighbours with an additive bound δ or a ratio λ. All rows draw the same samples,
+one at a time as speculation does, in turns of a few, so that a change of load meets all of them. Every seed is a run of its own;
+what is drawn is kept under ``--work``, so that a run that was stopped goes on where it was.
 """
 
 from __future__ import annotations

@@ -40,7 +40,7 @@ def run(tmp_path, *arguments, code=0):
 def test_all_parts_run_and_are_joined(tmp_path):
     done, calls = run(tmp_path, "--device", "cpu", "--output", tmp_path / "out")
     assert done.returncode == 0, done.stderr
-    assert [("tests/kernels" in c, "kernels.py" in c, " bench --device" in c, "--training" in c) for c in calls[:4]] == [
+    assert [("tests/kernels" in c, "kernel_times.py" in c, " bench --device" in c, "--training" in c) for c in calls[:4]] == [
         (True, False, False, False), (False, True, False, False), (False, False, True, False), (False, False, False, True),
     ]  # fmt: skip
     assert all("cpu" in call for call in calls[1:4])

@@ -1,6 +1,6 @@
 """Every Triton kernel against its reference and torch.compile of it: time and error at the sizes that decoding meets.
 
-    python benchmarks/kernels.py --output benchmarks/results/kernels-gpu.json
+    python benchmarks/kernel_times.py --output benchmarks/results/kernels-gpu.json
 
 A kernel pays where it is faster than torch.compile of its reference in every case; its ``faster_on`` in
 ``vargen/kernels/dispatch.py`` may then name the class of device that is printed at the end. Without a GPU the references are timed,
@@ -9,19 +9,13 @@ at small sizes, so that the script itself can be tried; kernels run natively onl
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
-# `kernels` is also a package of Hugging Face, for which its other packages would take this file
-if str(Path(__file__).parent) in sys.path:
-    sys.path.remove(str(Path(__file__).parent))
-
 import argparse
 import json
 import math
 import statistics
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
