@@ -34,7 +34,7 @@ class Op:
 
     Attributes:
         reference: its plain-torch function; the kernel's launcher has the same name in ``triton_ops`` and the same signature.
-        faster_on: classes of device, such as ``sm_90``, where ``benchmarks/kernels.py`` measured the kernel faster than
+        faster_on: classes of device, such as ``sm_90``, where ``benchmarks/kernel_times.py`` measured the kernel faster than
             ``torch.compile`` of the reference; empty means never measured, thus opt-in.
     """
 
