@@ -158,7 +158,7 @@ def test_1d_targets():
 def test_refusals():
     with pytest.raises(VargenError, match="NAR cannot be decoded speculatively"):
         EagleDrafter.for_target(NAR(grid=(2, 2), codebook_size=5, dim=16, depth=1, heads=2, num_classes=3))
-    with pytest.raises(ConfigError, match="multiples of 4"):
+    with pytest.raises(ConfigError, match="multiple of 4"):
         EagleDrafter(dim=12, heads=2)
     with pytest.raises(VargenError, match="hidden states of width 8"):
         EagleDrafter.for_target(target())(torch.zeros(1, 2, 8), torch.zeros(1, 2, dtype=torch.int64), torch.tensor([0, 1]))

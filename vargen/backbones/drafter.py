@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,16 +12,13 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
 from vargen.backbones.causal import CausalGenerator
-from vargen.backbones.llama import grid_coordinates
+from vargen.backbones.llama import grid_rotary, llama_block
 from vargen.condition import Condition
 from vargen.decoding.draft import Sample
 from vargen.decoding.speculative import prefix_mask, require_next_token
-from vargen.errors import ConfigError, VargenError
+from vargen.errors import VargenError
 from vargen.model import VargenModel
-from vargen.nn.block import TransformerBlock
 from vargen.nn.cache import KVCache
-from vargen.nn.mlp import swiglu_hidden
-from vargen.nn.rope import axial_angles, rotary_table
 from vargen.noise import Noise
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -59,32 +57,14 @@ class EagleDrafter(VargenModel):
         rope_base: float = 10000.0,
     ) -> None:
         super().__init__()
-        if dim % heads or (dim // heads) % (2 * len(grid)):
-            raise ConfigError(
-                f"width {dim} of {heads} heads: rotary embedding over {len(grid)} axes needs multiples of {2 * len(grid)}"
-            )
         self.tokens = nn.Embedding(codebook_size, dim).requires_grad_(False)
         self.join = nn.Linear(2 * dim, dim)
-        self.blocks = nn.ModuleList(
-            TransformerBlock(
-                dim,
-                heads,
-                mlp_hidden or swiglu_hidden(dim),
-                norm="rms",
-                norm_eps=norm_eps,
-                gated=True,
-                mlp_bias=False,
-                qkv_bias=False,
-                out_bias=False,
-            )
-            for _ in range(depth)
-        )
+        self.blocks = nn.ModuleList(llama_block(dim, heads, mlp_hidden, norm_eps) for _ in range(depth))
         self.blocks[0].norm1 = nn.Identity()
         with torch.device("cpu"):
-            # a last row of zeros, which the number -1 of tokens without a cell chooses
-            cells = torch.cat([torch.arange(torch.Size(grid).numel()), torch.tensor([-1])])
-            angles = axial_angles(grid_coordinates(cells, grid), dim // heads, rope_base)
-            self.register_buffer("rotary_rows", rotary_table(angles, zero=cells < 0), persistent=False)
+            # the last row, which the number -1 of tokens without a cell chooses, is zero
+            cells = torch.cat([torch.arange(math.prod(grid)), torch.tensor([-1])])
+            self.register_buffer("rotary_rows", grid_rotary(cells, grid, dim, heads, rope_base), persistent=False)
 
     @classmethod
     def for_target(cls, target: CausalGenerator, **options: Any) -> EagleDrafter:

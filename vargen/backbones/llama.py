@@ -28,6 +28,39 @@ def grid_coordinates(cell: Tensor, grid: Sequence[int]) -> Tensor:
     return torch.stack(columns[::-1], dim=1)
 
 
+def llama_block(
+    dim: int, heads: int, mlp_hidden: int | None = None, norm_eps: float = 1e-5, mlp_dropout: float = 0.0, dropout: float = 0.0
+) -> TransformerBlock:
+    """Llama's block: RMSNorm, attention without biases, SwiGLU of Llama's width unless ``mlp_hidden`` is given."""
+    return TransformerBlock(
+        dim,
+        heads,
+        mlp_hidden or swiglu_hidden(dim),
+        norm="rms",
+        norm_eps=norm_eps,
+        gated=True,
+        mlp_bias=False,
+        mlp_dropout=mlp_dropout,
+        qkv_bias=False,
+        out_bias=False,
+        dropout=dropout,
+    )
+
+
+def grid_rotary(cell: Tensor, grid: Sequence[int], dim: int, heads: int, base: float = 10000.0) -> Tensor:
+    """Rotary rows ``(S, head_dim / 2, 2)`` over a grid: the angles of each slot's ``cell``, all zeros (cos included) for -1.
+
+    Raises:
+        ConfigError: heads whose width is not a multiple of twice the number of axes.
+    """
+    head_dim, multiple = dim // heads, 2 * len(grid)
+    if dim % heads or head_dim % multiple:
+        raise ConfigError(
+            f"width {dim} of {heads} heads: rotary embedding over {len(grid)} axes needs a multiple of {multiple} per head"
+        )
+    return rotary_table(axial_angles(grid_coordinates(cell, grid), head_dim, base), zero=cell < 0)
+
+
 class LlamaDecoder(CausalGenerator):
     """RMSNorm, rotary or no rotary attention without biases, SwiGLU; a class token or text tokens as prefix.
 
@@ -69,20 +102,7 @@ class LlamaDecoder(CausalGenerator):
         self.tokens = nn.Embedding(codebook_size, dim)
         self.token_dropout = nn.Dropout(token_dropout)
         self.blocks = nn.ModuleList(
-            TransformerBlock(
-                dim,
-                heads,
-                mlp_hidden or swiglu_hidden(dim),
-                norm="rms",
-                norm_eps=norm_eps,
-                gated=True,
-                mlp_bias=False,
-                mlp_dropout=mlp_dropout,
-                qkv_bias=False,
-                out_bias=False,
-                dropout=residual_dropout,
-            )
-            for _ in range(head_depths[-1])
+            llama_block(dim, heads, mlp_hidden, norm_eps, mlp_dropout, residual_dropout) for _ in range(head_depths[-1])
         )
         self.output_heads = nn.ModuleList(
             PredictionHead(RMSNorm(dim, norm_eps), dim, codebook_size, depth) for depth in head_depths
@@ -90,13 +110,6 @@ class LlamaDecoder(CausalGenerator):
         self.apply(_initialise)
         for head in zero_heads:
             nn.init.zeros_(self.output_heads[head].linear.weight)  # type: ignore[union-attr, arg-type]
-
-    def rotary_rows_of(self, head_dim: int, base: float, grid: Sequence[int]) -> Tensor:
-        """A rotary row per slot: the angles of the slot's own cell, all zeros (cos included) for condition slots."""
-        if head_dim % (2 * len(grid)):
-            raise ConfigError(f"head width {head_dim}: rotary embedding over {len(grid)} axes needs a multiple of {2 * len(grid)}")
-        cell = self.layout.cell
-        return rotary_table(axial_angles(grid_coordinates(cell, grid), head_dim, base), zero=cell < 0)
 
     @property
     def space(self) -> TokenSpace:

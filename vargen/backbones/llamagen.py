@@ -9,7 +9,7 @@ import torch
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
-from vargen.backbones.llama import LlamaDecoder, require_one_condition
+from vargen.backbones.llama import LlamaDecoder, grid_rotary, require_one_condition
 from vargen.layout import shifted
 from vargen.order import Order
 
@@ -89,7 +89,7 @@ class LlamaGen(LlamaDecoder):
             mlp_dropout=mlp_dropout,
         )
         with torch.device("cpu"):
-            self.register_buffer("rotary_rows", self.rotary_rows_of(dim // heads, rope_base, grid), persistent=False)
+            self.register_buffer("rotary_rows", grid_rotary(layout.cell, grid, dim, heads, rope_base), persistent=False)
 
     def rotary(self, slots: Tensor) -> Tensor:
         return self.rotary_rows[slots]  # type: ignore[index]

@@ -9,7 +9,7 @@ import torch
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
-from vargen.backbones.llama import LlamaDecoder, require_one_condition
+from vargen.backbones.llama import LlamaDecoder, grid_rotary, require_one_condition
 from vargen.errors import ConfigError
 from vargen.layout import neighboring
 from vargen.order import Order
@@ -108,7 +108,7 @@ class NAR(LlamaDecoder):
         )
         with torch.device("cpu"):
             if positions == "rotary":
-                self.register_buffer("rotary_rows", self.rotary_rows_of(dim // heads, rope_base, grid), persistent=False)
+                self.register_buffer("rotary_rows", grid_rotary(layout.cell, grid, dim, heads, rope_base), persistent=False)
             # row of the position table that a slot takes: prefix slots first, then cells by their raster number
             place = torch.where(layout.cell >= 0, layout.cell + layout.prefix, torch.arange(layout.num_slots))
             self.register_buffer("place", place, persistent=False)
