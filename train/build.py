@@ -10,14 +10,14 @@ from typing import Any, TypeGuard
 
 import torch
 from omegaconf import OmegaConf
-from torch import Tensor
+from torch import Tensor, nn
 
-from vargen.checkpoint import check_model_directory, load_strictly
+from vargen.checkpoint import check_model_directory, load_strictly, read_file
 from vargen.config import check_keys
 from vargen.data.base import VisualDataset, build_dataset
 from vargen.data.cache import CachedTokens
 from vargen.data.loader import ordered_batches
-from vargen.errors import CheckpointError, ConfigError
+from vargen.errors import CheckpointError, ConfigError, nearest
 from vargen.model import Generator, VisualTokenizer
 from vargen.nn.quantize import TRAINING_ARGUMENTS, TRAINING_STATE, VectorQuantizer
 from vargen.registry import PUBLIC, load_public, system
@@ -62,6 +62,8 @@ def build_tokenizer(config: Mapping[str, Any], dataset: VisualDataset) -> Visual
         # a tokenizer that embeds words itself (SEED's first stage) takes those of the data unless the recipe says otherwise
         words = "words" in fresh._get_init_keys(fresh) and "words" not in config["config"] and dataset.has_captions
         tokenizer = build_model(config, "tokenizer", **({"words": vocabulary(dataset)} if words else {}))
+    for part, path in config["parts"].items():
+        load_part(tokenizer, str(part), str(path))
     if tuple(tokenizer.sample_shape) != tuple(dataset.sample_shape):
         raise ConfigError(
             f"the tokenizer is made for samples of {tuple(tokenizer.sample_shape)}, the data set has "
@@ -89,8 +91,8 @@ def build_model(config: Mapping[str, Any], kind: str, **given: Any) -> Any:
 def build_generator(config: Mapping[str, Any], tokenizer: VisualTokenizer, dataset: VisualDataset, text_encoder: Any) -> Generator:
     """A fresh generator for the tokenizer's space, or the one saved at ``path``.
 
-    Arguments that ``config`` leaves out are filled from their surroundings: ``grid``, ``codebook_size`` and ``channels`` from the
-    tokenizer, ``num_classes`` from the data, ``text_dim`` and ``text_length`` from the text encoder.
+    Arguments that ``config`` leaves out are filled from their surroundings: ``grid``, ``length``, ``codebook_size`` and ``channels``
+    from the tokenizer, ``num_classes`` from the data, ``text_dim`` and ``text_length`` from the text encoder.
     """
     if (config["system"] is None) == (config["path"] is None):
         raise ConfigError("model: give exactly one of system (a fresh generator) and path (one to train further)")
@@ -98,7 +100,8 @@ def build_generator(config: Mapping[str, Any], tokenizer: VisualTokenizer, datas
         generator = load_generator(str(config["path"]))
     else:
         space = tokenizer.space
-        given: dict[str, Any] = {"grid": list(space.shape), "codebook_size": space.codebook_size, "channels": space.channels}
+        given: dict[str, Any] = {"grid": list(space.shape), "length": space.num_tokens}
+        given |= {"codebook_size": space.codebook_size, "channels": space.channels}
         if text_encoder is None:
             given["num_classes"] = dataset.num_classes
         else:
@@ -194,6 +197,27 @@ def frames(pixels: Tensor) -> Tensor:
         return pixels
     chosen = torch.linspace(0, pixels.shape[2] - 1, 4).round().long()
     return pixels[:, :, chosen].transpose(1, 2).flatten(0, 1)
+
+
+def load_part(model: nn.Module, name: str, path: str) -> None:
+    """Gives the submodule ``name`` the weights of a file, or of a directory with one, such as a released VAE of diffusers.
+
+    A prefix that all keys of the file share and the submodule's do not have is dropped.
+
+    Raises:
+        ConfigError: no such submodule.
+        CheckpointError: no readable file, or weights that do not fit.
+    """
+    part = getattr(model, name, None)
+    if not isinstance(part, nn.Module):
+        raise ConfigError(f"model.parts has '{name}'{nearest(name, [key for key, _ in model.named_children()])}")
+    files = sorted(Path(path).glob("*.safetensors")) if Path(path).is_dir() else [Path(path)]
+    if len(files) != 1:
+        raise CheckpointError(f"'{path}' holds {len(files)} .safetensors files: name the one with the weights of '{name}'")
+    state = read_file(files[0])
+    while state.keys() != part.state_dict().keys() and len({key.partition(".")[0] for key in state}) == 1:
+        state = {key.partition(".")[2]: value for key, value in state.items()}
+    load_strictly(part, state, source=f"'{files[0]}' as model.parts.{name}")
 
 
 def rebuilt(tokenizer: VisualTokenizer, changes: Mapping[str, Any]) -> VisualTokenizer:

@@ -37,7 +37,8 @@ SCHEMA: dict[str, Any] = {
     "output_dir": None,
     "dataset": {},
     "validation": {"dataset": {}, "samples": 512, "pictures": 16},
-    "model": {"system": None, "preset": None, "config": {}, "path": None},
+    # parts: submodules that start from weights of their own, name -> file or directory
+    "model": {"system": None, "preset": None, "config": {}, "path": None, "parts": {}},
     "text_encoder": {"path": None, "max_length": None, "words": None},
     "objective": OBJECTIVE,
     "optimizer": OPTIMIZER,

@@ -86,10 +86,11 @@ SQUEEZED = {
     "image_decoder.positions": 1,
     "image_head.qformer.queries": 1,
 }
-# what the text branch leaves in files of the second stage, BERT's language head, and the ends of the full EVA-CLIP
+# what the text branch leaves in files of the second stage, BERT's language head, BLIP-2's matching head, the ends of EVA-CLIP
 IGNORE = (
     r".*\.position_ids",
     r"(Reverse_)?Qformer\.cls\..*",
+    r"itm_head\..*",
     r"visual_encoder\.(norm|fc_norm|head|rel_pos_bias)\..*",
 )
 TEXT = (r"qformer\.(words|positions|text_feeds)\..*", r"image_head\.qformer\.(words|positions|text_feeds)\..*")
