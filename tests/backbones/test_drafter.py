@@ -3,6 +3,7 @@ import torch
 
 from vargen.backbones.drafter import PRESETS, EagleDrafter, drafter_losses, target_states
 from vargen.backbones.flextok import FlexTokGenerator
+from vargen.backbones.larp import LARPGenerator
 from vargen.backbones.llamagen import LlamaGen
 from vargen.backbones.nar import NAR
 from vargen.condition import Condition, TextFeatures
@@ -125,14 +126,25 @@ def test_noise_is_addressed_and_scaled():
     assert quiet[0] == quiet[1]
 
 
-def test_training_raises_what_is_accepted():
-    model = target(grid=(2, 4), dim=16, depth=1)
+def next_token_targets():
+    sizes = {"codebook_size": 11, "dim": 16, "depth": 1, "heads": 2, "mlp_hidden": 48, "num_classes": 5}
+    yield "llamagen", lambda: target(grid=(2, 4), dim=16, depth=1)
+    yield "flextok", lambda: FlexTokGenerator(length=8, **sizes)
+    yield "larp", lambda: LARPGenerator(length=8, **sizes)
+
+
+@pytest.mark.parametrize("build", [pytest.param(build, id=name) for name, build in next_token_targets()])
+def test_training_raises_what_is_accepted(build):
     torch.manual_seed(0)
+    model = build().eval()
+    for part in model.modules():
+        if isinstance(part, torch.nn.Linear | torch.nn.Embedding):
+            torch.nn.init.normal_(part.weight, std=0.3)
     drafter = EagleDrafter.for_target(model)
-    labels = torch.arange(100) % 5
+    labels = torch.arange(40) % 5
     condition = Condition(class_labels=labels)
-    tokens = model.generate(condition, noise=Noise(1, 100)).flatten(1)
-    states = target_states(model, tokens, condition, torch.zeros(100, dtype=torch.bool))
+    tokens = model.generate(condition, noise=Noise(1, 40)).flatten(1)
+    states = target_states(model, tokens, condition, torch.zeros(40, dtype=torch.bool))
     few = Condition(class_labels=torch.arange(12) % 5)
 
     def accepted():
@@ -141,9 +153,9 @@ def test_training_raises_what_is_accepted():
         return way.statistics.tokens_per_round
 
     before = accepted()
-    optimizer = torch.optim.AdamW([p for p in drafter.parameters() if p.requires_grad], lr=3e-3)
-    for step in range(100):
-        loss = drafter.training_losses(states, tokens, model, Noise(3, 100).at(step), 0.0, 1.0)["loss"]
+    optimizer = torch.optim.AdamW([p for p in drafter.parameters() if p.requires_grad], lr=5e-3)
+    for step in range(60):
+        loss = drafter.training_losses(states, tokens, model, Noise(3, 40).at(step), 0.0, 1.0)["loss"]
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -80,6 +80,13 @@ def test_tables_are_kept_on_disk(tmp_path, monkeypatch):
     assert len(list(tmp_path.iterdir())) == 2
 
 
+def test_a_place_that_cannot_be_written_costs_only_the_time(tmp_path, caplog):
+    (tmp_path / "file").write_text("in the way")
+    codes = torch.arange(6.0).unsqueeze(1)
+    assert torch.equal(neighbor_table(codes, 3, tmp_path / "file"), nearest_codes(codes, 3))
+    assert "not kept" in caplog.text
+
+
 def test_the_default_place_is_the_users_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     neighbor_table(torch.arange(5.0).unsqueeze(1), 2)

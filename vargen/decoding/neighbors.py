@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 from contextlib import suppress
 from pathlib import Path
@@ -15,6 +16,7 @@ from vargen.checkpoint import atomic_write
 from vargen.errors import CheckpointError, VargenError
 from vargen.nn.quantize import FSQ, VectorQuantizer
 
+logger = logging.getLogger(__name__)
 # distances held at once: 64 MiB of float64
 _BLOCK_ELEMENTS = 2**23
 
@@ -79,7 +81,8 @@ def neighbor_table(codebook: Tensor | nn.Module, count: int, cache: str | os.Pat
     Args:
         count: columns; k + 1 are what LANTERN with k neighbours looks at. Cut to K - 1.
         cache: directory, by default ``vargen/neighbors`` under ``$XDG_CACHE_HOME`` or ``~/.cache``. Files are named by the content
-            of the codebook; one with more columns serves smaller counts, a damaged one is made anew.
+            of the codebook; one with more columns serves smaller counts, a damaged one is made anew. Where nothing can be written
+            the table is made every time.
 
     Returns:
         int32 ``(K, count)`` on the CPU.
@@ -95,7 +98,10 @@ def neighbor_table(codebook: Tensor | nn.Module, count: int, cache: str | os.Pat
         if kept.shape[1] >= count:
             return kept[:, :count]
     table = nearest_codes(codes, count)
-    atomic_write(file, lambda path: write_table(path, table))
+    try:
+        atomic_write(file, lambda path: write_table(path, table))
+    except VargenError as error:
+        logger.warning("the neighbour table is not kept for the next time: %s", error)
     return table
 
 
