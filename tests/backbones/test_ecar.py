@@ -8,7 +8,7 @@ from vargen.condition import Condition, TextFeatures
 from vargen.decoding.flops import generation_flops
 from vargen.errors import ConfigError, VargenError
 from vargen.flow.flow import euler, uniform_times
-from vargen.flow.multistage import endpoints, jump, pyramid
+from vargen.flow.multistage import endpoints, jump, pyramid, upsample
 from vargen.guidance import Guidance
 from vargen.noise import Noise
 
@@ -46,15 +46,42 @@ def test_loss_is_the_sum_over_stages_and_reaches_everything(head):
     assert [n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0] == []
 
 
-def test_one_stage_is_plain_flow_matching():
-    model = build(stages=1, condition_dropout=0.0)
+@pytest.mark.parametrize("stage_input", ["ends", "starts"])
+def test_one_stage_is_plain_flow_matching(stage_input):
+    model = build(stages=1, condition_dropout=0.0, stage_input=stage_input)
     tokens, noise = torch.randn(2, 8, 8, 3), Noise(3, 2)
     draws, t = noise.normal("stage_noise", (8, 8, 3), at=(0,)), noise.uniform("time", (1,))
     slots = model.condition(CONDITION, torch.zeros(2, dtype=torch.bool))
-    z = model.hidden([draws], slots)
+    z = model.hidden([draws if stage_input == "starts" else torch.zeros_like(draws)], slots)
     x = (1 - t[..., None]) * draws.flatten(1, 2) + t[..., None] * tokens.flatten(1, 2)
     expected = (model.head.net(x, t, z) - (tokens - draws).flatten(1, 2)).square().mean()
     assert float(model.training_losses(tokens, CONDITION, noise)["loss"]) == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_paths_of_training_are_those_of_sampling():
+    """Stages start where the jump from the end before leads; the noise of a path is white, shared by its ends, and not seen."""
+    model = build()
+    maps = pyramid(torch.randn(400, 8, 8, 3), 3)
+    starts, ends, inputs = model.paths(maps, Noise(0, 400))
+    for k, (s, e) in enumerate(model.times):
+        signal = upsample(maps[k - 1]) if k else 0.0
+        noise = (starts[k] - s * signal) / (1 - s)
+        assert torch.allclose(ends[k], e * maps[k] + (1 - e) * noise, atol=1e-4)
+        flat = noise.flatten(1)
+        covariance = flat.T @ flat / len(flat)
+        assert torch.allclose(covariance.diagonal(), torch.ones(flat.shape[1]), atol=0.35)
+        neighbours = (noise[:, :, 1::2] * noise[:, :, ::2]).mean()
+        assert abs(float(neighbours)) < 0.05
+        assert torch.equal(inputs[k], upsample(ends[k - 1]) if k else torch.zeros_like(starts[k]))
+
+    # other noise in a stage changes its path but not what the transformer sees of it
+    class Other(Noise):
+        def normal(self, name, shape=(), at=(), dtype=torch.float32):
+            return super().normal(name, shape, at, dtype) * (-1.0 if at == (1,) else 1.0)
+
+    other_starts, _, other_inputs = model.paths(maps, Other(0, 400))
+    assert not torch.allclose(other_starts[1], starts[1])
+    assert torch.equal(other_inputs[1], inputs[1])
 
 
 def starts_of(model):
@@ -84,25 +111,27 @@ def test_permuting_a_stage_with_its_position_codes_permutes_its_states():
     assert torch.allclose(permuted, base[:, order], atol=1e-5)
 
 
-@pytest.mark.parametrize("head", ["mlp", "dit"])
-def test_cached_generation_is_the_uncached_one(head):
-    model, noise = build(head=head), Noise(2, 2)
+@pytest.mark.parametrize("head, stage_input", [("mlp", "starts"), ("mlp", "ends"), ("dit", "ends")])
+def test_cached_generation_is_the_uncached_one(head, stage_input):
+    model, noise = build(head=head, stage_input=stage_input), Noise(2, 2)
     guidance = Guidance(1.7)
     tokens = model.generate(CONDITION, noise=noise, guidance=guidance)
     labels = Condition(class_labels=CONDITION.class_labels.repeat(2))
     slots = model.condition(labels, torch.tensor([False, False, True, True]))
-    starts, x = [], noise.normal("stage_noise", (2, 2, 3), at=(0,))
+    inputs, x = [], noise.normal("stage_noise", (2, 2, 3), at=(0,))
+    before = torch.zeros_like(x)
     with torch.no_grad():
         for k, (_, end) in enumerate(model.times):
-            starts.append(x)
+            inputs.append(x if stage_input == "starts" else before)
             n = x.shape[1] ** 2
-            z = model.hidden([s.repeat(2, 1, 1, 1) for s in starts], slots)[:, -n:]
+            z = model.hidden([s.repeat(2, 1, 1, 1) for s in inputs], slots)[:, -n:]
 
             def velocity(x, u, z=z):
                 v = model.head.net(x.repeat(2, 1, 1), torch.tensor(u), z)
                 return v[2:] + 1.7 * (v[:2] - v[2:])
 
             x = euler(velocity, x.flatten(1, 2), uniform_times(2, 0.0, 1.0)).tokens.unflatten(1, model.order.levels[k])
+            before = upsample(x)
             if k < 2:
                 x = jump(x, end, noise.normal("stage_noise", (*model.order.levels[k + 1], 3), at=(k + 1,)))
     assert torch.allclose(tokens, x, rtol=1e-3, atol=1e-3)
@@ -126,7 +155,7 @@ def test_an_oracle_head_generates_the_data():
 
 
 def test_counts():
-    model = build(grid=(32, 32), stages=4)
+    model = build(grid=(32, 32), stages=4, head="mlp")
     assert model.order.num_cells == 16 + 64 + 256 + 1024 == 1360
     passes, heads = [], []
     model.transformer.register_forward_hook(lambda _m, _i, output: passes.append(output.shape[1]))
@@ -143,7 +172,7 @@ def test_cost_of_the_head_falls_with_stages(stages, share):
     """Against all steps at full resolution: (4/3) (1 - 4^-K) / K."""
 
     def cost_of_steps(stages, steps):
-        model = build(stages=stages, dim=8, depth=1, heads=1, num_classes=None)
+        model = build(stages=stages, dim=8, depth=1, heads=1, num_classes=None, head="mlp")
         # backbone and hidden states are paid once, times once per step, so that what is left is tokens times steps
         more = generation_flops(model, sampling_steps=1 + steps) - generation_flops(model, sampling_steps=1)
         return more - stages * steps * 2 * (256 * 16 + 16 * 16)
@@ -152,7 +181,7 @@ def test_cost_of_the_head_falls_with_stages(stages, share):
 
 
 def test_flops_of_a_linear_model_are_counted():
-    model = build(stages=1, num_classes=None, grid=(2, 2), depth=1, sampling_steps=1)
+    model = build(stages=1, num_classes=None, grid=(2, 2), depth=1, sampling_steps=1, head="mlp")
     width, hidden, n = 16, 64, 5
     attention = 2 * n * width * (3 * width + width) + 2 * 2 * n * n * width
     mlp = 2 * 2 * n * width * hidden
@@ -201,3 +230,5 @@ def test_bad_arguments_are_refused():
         build(ends=[0.5, 1.0])
     with pytest.raises(ConfigError, match="head 'ditt'"):
         build(head="ditt")
+    with pytest.raises(ConfigError, match="stage_input .end.; did you mean .ends."):
+        build(stage_input="end")

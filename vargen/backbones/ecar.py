@@ -34,6 +34,8 @@ from vargen.noise import Noise
 from vargen.order import Order
 from vargen.space import TokenSpace
 
+STAGE_INPUTS = ("ends", "starts")
+
 PRESETS: dict[str, dict[str, Any]] = {
     "B": {"dim": 768, "depth": 12, "heads": 12, "head_width": 1024, "head_depth": 6, "num_classes": 1000},
     "L": {"dim": 1024, "depth": 24, "heads": 16, "head_width": 1280, "head_depth": 8, "num_classes": 1000},
@@ -41,7 +43,11 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 class ECAR(Generator):
-    """A block-causal transformer over the start maps of all stages, whose outputs condition a flow head that is shared by stages.
+    """A block-causal transformer over one map per stage, whose outputs condition a flow head that is shared by stages.
+
+    Of a stage the transformer sees where the stage before ended, upsampled (nothing in the first), and not the noise that its path
+    starts with: hidden states that knew the start would turn the flow into a regression, since start and noisy map together give
+    the velocity away in training, where at the start itself only the mean of all pictures is left to predict.
 
     A stage's tokens see the condition, all tokens of coarser stages and each other; position tables are sine-cosine at the stage's
     own scale, plus a learned vector per stage. The tokenizer's space is the finest grid; coarser maps are averages of it.
@@ -53,7 +59,9 @@ class ECAR(Generator):
         ends: time at which each stage ends, k / stages by default; the starts follow from them.
         dim, depth, heads, mlp_ratio: size of the transformer.
         num_classes, text_dim, text_length: condition slots, see :class:`vargen.nn.masking.ConditionSlots`; one slot without text.
-        head: ``mlp`` (per token) or ``dit`` (over all tokens of a stage), with head_width, head_depth, head_heads.
+        stage_input: ``ends``, or ``starts`` for the variant in which the transformer sees the start map of each stage.
+        head: ``dit`` (over all tokens of a stage) or ``mlp`` (per token, so that a stage's tokens agree only through hidden
+            states), with head_width, head_depth, head_heads.
         time_law: of the training times, see :func:`vargen.flow.flow.draw_times`.
         condition_dropout: share of training samples whose condition becomes the null one.
         attn_dropout, dropout: in training, on attention weights; after attention and feed-forward outputs.
@@ -61,7 +69,7 @@ class ECAR(Generator):
         renoise: white noise at the start of every stage; False is the biased variant without.
 
     Raises:
-        ConfigError: a grid that cannot be halved so often, or ends that do not fit.
+        ConfigError: a grid that cannot be halved so often, ends that do not fit, or an unknown name.
     """
 
     reports_flops = True
@@ -80,7 +88,8 @@ class ECAR(Generator):
         num_classes: int | None = None,
         text_dim: int | None = None,
         text_length: int = 77,
-        head: str = "mlp",
+        stage_input: str = "ends",
+        head: str = "dit",
         head_width: int = 1024,
         head_depth: int = 6,
         head_heads: int = 8,
@@ -98,6 +107,8 @@ class ECAR(Generator):
         self.times = schedule([float(e) for e in ends] if ends is not None else [(k + 1) / stages for k in range(stages)])
         if len(self.times) != stages:
             raise ConfigError(f"{len(self.times)} ends for {stages} stages")
+        if stage_input not in STAGE_INPUTS:
+            raise ConfigError(f"ECAR stage_input '{stage_input}'{nearest(stage_input, STAGE_INPUTS)}")
         self.order = Order.scales([[n // 2 ** (stages - 1 - k) for n in grid] for k in range(stages)])
         self.condition = ConditionSlots(1 if text_dim is None else text_length, dim, num_classes, text_dim)
         self.input = nn.Linear(channels, dim)
@@ -142,20 +153,20 @@ class ECAR(Generator):
     def num_stages(self) -> int:
         return len(self.order.levels)
 
-    def hidden(self, starts: Sequence[Tensor], slots: Tensor | None, first: int = 0, cache: KVCache | None = None) -> Tensor:
+    def hidden(self, inputs: Sequence[Tensor], slots: Tensor | None, first: int = 0, cache: KVCache | None = None) -> Tensor:
         """Hidden states of consecutive stages.
 
         Args:
-            starts: start maps ``(R, h, w, C)`` of stages ``first``, ``first + 1``, ...
+            inputs: what is seen ``(R, h, w, C)`` of stages ``first``, ``first + 1``, ..., see :meth:`stage_input`.
             slots: condition ``(R, K, dim)`` before the first stage; None behind a cache that holds it.
             cache: keys and values of everything before, to which these are added.
 
         Returns:
             ``(R, n, dim)``, the stages' cells one after the other.
         """
-        cells = torch.arange(self.order.num_cells)[(self.order.level_of >= first) & (self.order.level_of < first + len(starts))]
-        cells = cells.to(starts[0].device)
-        x = self.input(torch.cat([start.flatten(1, 2) for start in starts], dim=1).to(self.dtype))
+        cells = torch.arange(self.order.num_cells)[(self.order.level_of >= first) & (self.order.level_of < first + len(inputs))]
+        cells = cells.to(inputs[0].device)
+        x = self.input(torch.cat([seen.flatten(1, 2) for seen in inputs], dim=1).to(self.dtype))
         stage = self.stage_vectors(self.order.level_of.to(cells.device)[cells])
         x = x + self.positions[cells].to(x.dtype) + stage  # type: ignore[index]
         x = x if slots is None else torch.cat([slots, x], dim=1)
@@ -165,19 +176,13 @@ class ECAR(Generator):
         return self.transformer(x, mask=mask, cache=cache)[:, -len(cells) :]
 
     def training_losses(self, tokens: Tensor, condition: Condition, noise: Noise | None = None) -> dict[str, Tensor]:
-        """Squared velocity errors of all stages, summed, each the mean over its positions; start maps come from the data."""
+        """Squared velocity errors of all stages, summed, each the mean over its positions; the paths come from the data."""
         self.space.check(tokens)
         batch = self.check_condition(condition, len(tokens))
         noise = noise or Noise.fresh(batch, tokens.device)
-        maps = pyramid(tokens, self.num_stages)
-        starts, ends = zip(
-            *(
-                endpoints(maps[k - 1] if k else None, maps[k], s, e, noise.normal("stage_noise", maps[k].shape[1:], at=(k,)))
-                for k, (s, e) in enumerate(self.times)
-            )
-        )
+        starts, ends, inputs = self.paths(pyramid(tokens, self.num_stages), noise)
         drop = noise.uniform("condition_dropout") < self.config.condition_dropout
-        z = self.hidden(starts, self.condition(condition, drop)).split([m.shape[1] * m.shape[2] for m in maps], dim=1)
+        z = self.hidden(inputs, self.condition(condition, drop)).split([m.shape[1] * m.shape[2] for m in inputs], dim=1)
         t = draw_times(noise, "time", self.head.law, (self.num_stages,))
         losses = [
             self.head.losses(starts[k].flatten(1, 2), ends[k].flatten(1, 2), z[k], t[:, k : k + 1]).mean()
@@ -185,6 +190,33 @@ class ECAR(Generator):
         ]
         named = {f"stage_{k + 1}": loss.detach() for k, loss in enumerate(losses)}
         return {"loss": torch.stack(losses).sum(), **named}
+
+    def paths(self, maps: Sequence[Tensor], noise: Noise) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """Starts and ends of all stages' paths through the maps X_1 ... X_K of a latent, and what the transformer sees of each.
+
+        With ``ends`` a stage starts where the jump from the end of the one before leads, as in sampling; with ``starts`` every
+        stage has noise of its own.
+        """
+        starts: list[Tensor] = []
+        ends: list[Tensor] = []
+        inputs: list[Tensor] = []
+        for k, (s, e) in enumerate(self.times):
+            draws = noise.normal("stage_noise", maps[k].shape[1:], at=(k,))
+            coarse, before = (maps[k - 1], ends[k - 1]) if k else (None, None)
+            if coarse is not None and before is not None and self.config.stage_input == "ends":
+                # the noise in the jumped map, so that start and end of the path share it
+                draws = (jump(before, self.times[k - 1][1], draws) - s * upsample(coarse)) / (1 - s)
+            start, end = endpoints(coarse, maps[k], s, e, draws)
+            starts.append(start)
+            ends.append(end)
+            inputs.append(self.stage_input(start, before))
+        return starts, ends, inputs
+
+    def stage_input(self, start: Tensor, before: Tensor | None) -> Tensor:
+        """What the transformer sees of a stage: its start ``(R, h, w, C)``, or the end of the stage before, None in the first."""
+        if self.config.stage_input == "starts":
+            return start
+        return torch.zeros_like(start) if before is None else upsample(before)
 
     def generate(
         self,
@@ -219,13 +251,14 @@ class ECAR(Generator):
             cache = self._cache(rows * batch)
             shape = (*self.order.levels[0], self.config.channels)
             x = noise.normal("stage_noise", shape, at=(0,)) * temperature
+            before: Tensor | None = None
             for k, (_, end) in enumerate(self.times):
-                z = self.hidden([x.repeat(rows, 1, 1, 1)], slots, k, cache)
+                z = self.hidden([self.stage_input(x, before).repeat(rows, 1, 1, 1)], slots, k, cache)
                 slots = None
                 progress = Progress(k, self.num_stages, entity=k, entities=self.num_stages)
                 combine = partial(guidance.combine, scale=guidance.at(progress)) if rows > 1 else None
                 sample = self.head.integrate(z, x.flatten(1, 2), uniform_times(steps[k], 0.0, 1.0), combine=combine)
-                x = sample.tokens.unflatten(1, self.order.levels[k])
+                before = x = sample.tokens.unflatten(1, self.order.levels[k])
                 if on_step is not None:
                     on_step(self._info(k, x, end))
                 if k + 1 < self.num_stages:
