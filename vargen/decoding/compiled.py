@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -23,8 +24,9 @@ def _block(block: Any, x: Tensor, keys: Tensor, values: Tensor, places: Tensor, 
 class CompiledBlocks:
     """Calls blocks through torch.compile. Blocks of equal sizes share what was compiled, however deep the model is."""
 
-    def __init__(self) -> None:
-        self.compiled = torch.compile(_block, dynamic=False)
+    @cached_property
+    def compiled(self) -> Callable[..., Tensor]:
+        return torch.compile(_block, dynamic=False)
 
     def __call__(self, block: Any, x: Tensor, *, cache: CacheWindow, layer: int, **arguments: Any) -> Tensor:
         return self.compiled(block, x, cache.keys[layer], cache.values[layer], cache.places, cache.stop, arguments)
