@@ -112,6 +112,7 @@ def tokenize(
     batch_size: int = 32,
     seed: int = 0,
     broken: str = "skip",
+    check: bool = False,
     workers: int = 0,
     shard: tuple[int, int] | None = None,
     device: str | None = None,
@@ -130,6 +131,7 @@ def tokenize(
         text_encoder: for captions, where the tokenizer takes them or ``text_features`` asks for their features to be stored.
         batch_size: pictures per pass, rounded to whole samples; part of the settings, as rounding errors depend on it.
         broken: ``skip`` leaves broken files out and reports them, ``stop`` raises at the first.
+        check: read the shards that are there, and make those anew whose SHA-256 is not the manifest's.
         shard: ``(k, n)``: write the shards k, k + n, ...; by default as the launcher's rank says.
 
     Raises:
@@ -174,7 +176,7 @@ def tokenize(
         if encoder is not None and not pictures.data.has_captions:
             raise DataError(f"captions are needed, and data set '{dataset}' has none")
         writer = _Writer(tokenizer, views, encoder[1] if encoder else None, text_features, half, sample, seed, batch_size)
-        results.append(_write(folder, job, pictures, writer, (rank, world), workers, progress and rank == 0))
+        results.append(_write(folder, job, pictures, writer, (rank, world), check, workers, progress and rank == 0))
     return results
 
 
@@ -309,6 +311,7 @@ def _write(
     pictures: _Pictures,
     writer: _Writer,
     part: tuple[int, int],
+    check: bool,
     workers: int,
     progress: bool,
 ) -> Result:
@@ -316,8 +319,10 @@ def _write(
     names = {number: f"shard-{number:05d}{FORMATS[job['format']]}" for number in range(job["shards"])}
 
     def done(number: int) -> bool:
-        file = folder / names[number]
-        return manifest.done(number) and file.stat().st_size == manifest.records[number]["bytes"]
+        file, record = folder / names[number], manifest.records.get(number)
+        if record is None or not manifest.done(number) or file.stat().st_size != record["bytes"]:
+            return False
+        return not check or file_digest(file) == record["sha256"]
 
     ranges = {number: range(number * size, min((number + 1) * size, len(pictures))) for number in names}
     mine = [number for number in names if number % part[1] == part[0]]

@@ -78,7 +78,6 @@ def test_ids_are_those_of_the_pictures(models: Path, tmp_path: Path, format: str
         assert torch.equal(item["tokens"].long(), tokenizer.encode(picture["pixels"][None])[0])
         assert item["caption"] == picture["caption"]
         assert item["class_label"] == picture["class_label"]
-    cache.verify()
     cache.require(tokenizer)
 
 
@@ -366,8 +365,10 @@ def test_changed_bytes_are_found_when_they_are_read(models: Path, tmp_path: Path
     assert torch.equal(damaged.sample(0).views, cache.sample(0).views)
     with pytest.raises(DataError, match="sample 1 is not as it was written"):
         damaged.sample(1)
-    with pytest.raises(DataError, match="SHA-256"):
-        damaged.verify()
+    write(models / "kl", tmp_path, scheme=Scheme("moments"), format=format)
+    assert place.read_bytes() != content
+    write(models / "kl", tmp_path, scheme=Scheme("moments"), format=format, check=True)
+    assert place.read_bytes() == content
     place.write_bytes(b"\0" * len(content))
     with pytest.raises(DataError, match="is damaged"):
         CachedTokens(tmp_path).sample(0)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from omegaconf import OmegaConf
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from vargen.backbones.larp import LARPGenerator
 from vargen.errors import ConfigError, VargenError
@@ -21,7 +21,7 @@ from vargen.text import WordEncoder
 from vargen.tokenizers.kl import KLTokenizer
 from vargen.tokenizers.larp import LARPTokenizer
 from vargen.tokenizers.vq import VQTokenizer
-from vargen.train.build import finished, rebuilt
+from vargen.train.build import finished, load_part, rebuilt
 from vargen.train.run import train
 
 TRAINING = {"batch_size": 4, "max_train_steps": 3, "log_steps": 1, "checkpointing_steps": 2, "preview_steps": 0}
@@ -251,3 +251,24 @@ def test_frame_prediction_from_a_context(tmp_path: Path):
         train({**given, "given_frames": 4}, output_dir=tmp_path / "bad")
     with pytest.raises(ConfigError, match="train it from videos"):
         train(OmegaConf.to_container(OmegaConf.merge(given, {"tokens": {"cache": True}})), output_dir=tmp_path / "bad")
+
+
+def test_parts_start_from_weights_of_their_own(tmp_path: Path):
+    torch.manual_seed(1)
+    source = VQTokenizer(**VQ)
+    state = source.decoder.state_dict()
+    (tmp_path / "released").mkdir()
+    save_file({f"vae.{key}": value for key, value in state.items()}, tmp_path / "released" / "weights.safetensors")
+    torch.manual_seed(2)
+    model = VQTokenizer(**VQ)
+    load_part(model, "decoder", str(tmp_path / "released"))
+    assert all(torch.equal(value, state[key]) for key, value in model.decoder.state_dict().items())
+    assert not torch.equal(model.encoder.conv_in.weight, source.encoder.conv_in.weight)
+    for name, path, words in (
+        ("decoders", "released", "did you mean 'decoder'"),
+        ("encoder", "released", "as model.parts.encoder: shapes that differ"),
+        ("decoder", "nowhere.safetensors", "does not exist"),
+        ("decoder", ".", "holds 0 .safetensors files"),
+    ):
+        with pytest.raises(VargenError, match=words):
+            load_part(model, name, str(tmp_path / path))

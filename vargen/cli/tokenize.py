@@ -36,6 +36,9 @@ def tokenize(
     batch_size: Annotated[int, typer.Option(help="Pictures per pass; the cache keeps to it.")] = 32,
     seed: Annotated[int, typer.Option(help="For tokenizers that draw.")] = 0,
     broken: Annotated[str, typer.Option(help="Broken files: skip (reported) or stop.")] = "skip",
+    check: Annotated[
+        bool, typer.Option("--check", help="Compare finished shards with their SHA-256; make damaged ones anew.")
+    ] = False,
     workers: Annotated[int, typer.Option(help="Processes that read files.")] = 0,
     shard: Annotated[
         str | None, typer.Option(help="k/n: write only the shards k modulo n; by default by the launcher's rank.")
@@ -76,6 +79,7 @@ def tokenize(
         batch_size=batch_size,
         seed=seed,
         broken=broken,
+        check=check,
         workers=workers,
         shard=part,
         device=device,

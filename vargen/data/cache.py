@@ -116,15 +116,6 @@ class CachedTokens(VisualDataset):
         self._open.move_to_end(number)
         return self._open[number]
 
-    def verify(self) -> None:
-        """Reads all files and compares their SHA-256 with the manifest; raises DataError for the first that differs."""
-        for entry in self.shards:
-            if file_digest(self.root / entry["file"]) != entry["sha256"]:
-                raise self._shard_error(entry, "its SHA-256 is not the manifest's")
-
-    def _shard_error(self, entry: dict[str, Any], what: str) -> DataError:
-        return DataError(f"'{self.root / entry['file']}' is damaged ({what}): delete it and run `vargen tokenize` again")
-
     def require(self, tokenizer: VisualTokenizer, text_encoder: Any = None) -> None:
         """Raises DataError or SpaceError unless the cache was made by ``tokenizer``, and its text features by ``text_encoder``."""
         self.space.require(tokenizer.space, f"cache '{self.root}' and tokenizer")
