@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from vargen.condition import TextFeatures
 from vargen.errors import ConfigError, SpaceError, VargenError, nearest
-from vargen.flow.flow import draw_times, euler, straight_path, uniform_times
+from vargen.flow.flow import draw_times, euler, shifted_times, straight_path, uniform_times
 from vargen.guidance import normalized_difference
 from vargen.model import TokenizerOutput, VisualTokenizer
 from vargen.nn.gaussian import DiagonalGaussian
@@ -72,6 +72,8 @@ class FlexTok(VisualTokenizer):
             ``uniform_pow2``, uniform and rounded up to one.
         condition_dropout: share of training samples without condition.
         times, mode_scale: law of training times, see :func:`training_times`.
+        time_shift: times of training and decoding move towards noise, ``t`` to ``s t / (1 + (s - 1) t)`` (Esser et al., 2024, section
+            5.3.2). Plain pixels show through much noise, where only shifted times ask the registers for what they show.
         flow_weight: of the flow's loss.
         repa_layer, repa_dim, repa_hidden: the patches after this block pass a projector of that hidden width to ``repa_dim``
             channels, ``features["repa_teacher"]``, to be aligned with a teacher's (REPA, arXiv 2410.06940); None for no projector.
@@ -99,6 +101,7 @@ class FlexTok(VisualTokenizer):
         condition_dropout: float = 0.2,
         times: str = "logit-normal",
         mode_scale: float = 1.29,
+        time_shift: float = 1.0,
         flow_weight: float = 1.0,
         repa_layer: int = 1,
         repa_dim: int | None = None,
@@ -108,6 +111,8 @@ class FlexTok(VisualTokenizer):
         super().__init__()
         if nested not in NESTED:
             raise ConfigError(f"nested dropout '{nested}'{nearest(nested, NESTED)}")
+        if time_shift <= 0:
+            raise ConfigError(f"time_shift {time_shift}: expected a positive number, 1 for none")
         if repa_dim is not None and not 0 <= repa_layer < decoder_depth:
             raise ConfigError(f"repa_layer {repa_layer}: expected 0..{decoder_depth - 1}")
         self.front = None if vae is None else AutoencoderKL(**vae).requires_grad_(False)
@@ -269,7 +274,7 @@ class FlexTok(VisualTokenizer):
             direction, average = normalized_difference(full, null, average)
             return full + (scale - 1) * direction
 
-        return euler(velocity, start, uniform_times(num_inference_steps)).tokens
+        return euler(velocity, start, shifted_times(uniform_times(num_inference_steps), self.config.time_shift)).tokens
 
     @torch.no_grad()
     def scores(self, pixels: Tensor, text: TextFeatures | None = None, noise: Noise | None = None) -> dict[str, Tensor]:
@@ -291,7 +296,7 @@ class FlexTok(VisualTokenizer):
         q = self.quantizer(self.encoder(latents))
         keep = kept_registers(noise, self.config.nested, self.config.num_registers)
         null = noise.bernoulli("null", self.config.condition_dropout)
-        t = training_times(noise, self.config.times, self.config.mode_scale)
+        t = shifted(training_times(noise, self.config.times, self.config.mode_scale), self.config.time_shift)
         loss, tapped = self.flow_loss(latents, q.quantized, keep, null, t, noise.normal("flow", latents.shape[1:]))
         features = dict(q.statistics)
         if self.projector is not None:
@@ -332,6 +337,11 @@ def training_times(noise: Noise, law: str, mode_scale: float = 1.29) -> Tensor:
         u = noise.uniform("time")
         return 1 - u - mode_scale * ((math.pi * u / 2).cos().square() - 1 + u)
     return draw_times(noise, "time", law)
+
+
+def shifted(t: Tensor, shift: float) -> Tensor:
+    """Times moved towards noise at 1: as :func:`~vargen.flow.flow.shifted_times` does with a list."""
+    return shift * t / (1 + (shift - 1) * t)
 
 
 def _projector(dim: int, hidden: int, out: int) -> nn.Module:

@@ -5,9 +5,10 @@ import torch
 from safetensors.torch import save_file
 
 from vargen.errors import CheckpointError, ConfigError, SpaceError, VargenError
+from vargen.flow.flow import shifted_times
 from vargen.noise import Noise
 from vargen.official.flextok import CHUNKS, load
-from vargen.tokenizers.flextok import NESTED, FlexTok, kept_registers, training_times
+from vargen.tokenizers.flextok import NESTED, FlexTok, kept_registers, shifted, training_times
 from vargen.tokenizers.flextok_nets import registers_last_mask
 
 SMALL = {
@@ -177,6 +178,20 @@ def test_training_times_lie_in_the_unit_interval(law):
 def test_stratified_times_fill_every_stratum():
     u = torch.special.ndtr(torch.logit(training_times(Noise(0, 50), "stratified").double()))
     assert (u * 50).floor().long().tolist() == list(range(50))
+
+
+def test_times_shifted_towards_noise(pixels):
+    t = torch.linspace(0, 1, 5, dtype=torch.float64)
+    assert shifted(t, 4.0).tolist() == pytest.approx(shifted_times(t.tolist(), 4.0))
+    assert torch.equal(shifted(t, 1.0), t)
+    plain, later = make(), make(time_shift=4.0)
+    tokens = plain.encode(pixels)
+    painted = [model.decode(tokens, noise=Noise(0, 2), num_inference_steps=3) for model in (plain, later)]
+    losses = [model(pixels, noise=Noise(0, 2)).losses["flow"] for model in (plain, later)]
+    assert not torch.allclose(*painted)
+    assert losses[0] != losses[1]
+    with pytest.raises(ConfigError, match="time_shift 0"):
+        make(time_shift=0)
 
 
 def test_errors(pixels):
