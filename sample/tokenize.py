@@ -25,7 +25,7 @@ from vargen.checkpoint import atomic_write
 from vargen.condition import TextFeatures
 from vargen.data.base import VisualDataset, build_dataset
 from vargen.data.cache import file_digest, fingerprint, weights_digest
-from vargen.data.shards import FORMATS, Sample, write_shard
+from vargen.data.shards import FORMATS, Sample, index_path, write_index, write_shard
 from vargen.errors import ConfigError, DataError, VargenError, nearest
 from vargen.model import VisualTokenizer
 from vargen.noise import ModalNoise, Noise
@@ -355,11 +355,13 @@ def _write(
 
 def _write_shard(manifest: Manifest, number: int, file: Path, samples: list[Sample], skipped: dict[str, str]) -> None:
     """Writes a shard, renames it into place and records it."""
-    for stale in file.parent.glob(f".{file.name}.*"):
+    for stale in file.parent.glob(f".{file.stem}.*"):
         # of a process that was killed while it wrote this shard
         stale.unlink(missing_ok=True)
     try:
         atomic_write(file, lambda temporary: write_shard(temporary, samples) if samples else temporary.touch())
+        if samples and file.suffix == FORMATS["webdataset"]:
+            atomic_write(index_path(file), lambda temporary: write_index(temporary, file))
         record = {"index": number, "file": file.name, "samples": len(samples), "bytes": file.stat().st_size}
         versions = {"vargen": __version__, "torch": version("torch")}
         manifest.append([{**record, "sha256": file_digest(file), "skipped": skipped, "versions": versions}])

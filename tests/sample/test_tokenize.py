@@ -91,6 +91,17 @@ def test_tar_shards_are_webdatasets(models: Path, tmp_path: Path):
     assert all((torch.from_numpy(s["views.npy"]) == cache.sample(i).views).all() for i, s in enumerate(samples))
 
 
+def test_tar_shards_need_no_index(models: Path, tmp_path: Path):
+    write(models / "vq", tmp_path, format="webdataset")
+    before = [CachedTokens(tmp_path).sample(i).views for i in range(10)]
+    for index in (tmp_path / "train").glob("*.index.json"):
+        index.unlink()
+    assert all(torch.equal(CachedTokens(tmp_path).sample(i).views, views) for i, views in enumerate(before))
+    (tmp_path / "train" / "shard-00000.index.json").write_text("[]")
+    with pytest.raises(DataError, match="is damaged"):
+        CachedTokens(tmp_path)[0]
+
+
 def test_moments_and_flip(models: Path, tmp_path: Path):
     write(models / "kl", tmp_path, scheme=Scheme("moments-flip"), splits=("train", "test"))
     cache, tokenizer = CachedTokens(tmp_path, "train"), load_tokenizer(str(models / "kl"))

@@ -22,8 +22,8 @@ from vargen.noise import Noise
 from vargen.space import TokenSpace
 
 JOB_FILE, MANIFEST_FILE = "job.json", "manifest.jsonl"
-# shards that a process keeps open; each is a mapped file
-OPEN_SHARDS = 256
+# shards that a process keeps open; each is a mapped file and small tables
+OPEN_SHARDS = 4096
 
 
 class CachedTokens(VisualDataset):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 import json
-import os
+import mmap
 import tarfile
 import zlib
 from abc import ABC, abstractmethod
@@ -46,9 +46,9 @@ class Sample:
     text: Tensor | None = None
 
     def checksum(self) -> int:
-        value = zlib.crc32(self.views.contiguous().numpy().tobytes())
+        value = zlib.crc32(self.views.contiguous().numpy())
         value = zlib.crc32(json.dumps([self.index, self.class_label, self.caption]).encode(), value)
-        return value if self.text is None else zlib.crc32(self.text.contiguous().numpy().tobytes(), value)
+        return value if self.text is None else zlib.crc32(self.text.contiguous().numpy(), value)
 
 
 def write_shard(path: Path, samples: Sequence[Sample]) -> None:
@@ -172,38 +172,61 @@ def _npy(values: Tensor) -> bytes:
     return buffer.getvalue()
 
 
+def index_tar(path: Path) -> dict[str, list[list[int]]]:
+    """Where the members of every sample lie: kind, such as ``views.npy`` -> ``[offset, size]`` for each sample, in order.
+
+    Raises:
+        OSError, tarfile.TarError: not readable.
+        ValueError: samples with different kinds of members.
+    """
+    places: dict[str, list[list[int]]] = {}
+    with tarfile.open(path, "r:") as tar:
+        for member in tar:
+            places.setdefault(member.name.partition(".")[2], []).append([member.offset_data, member.size])
+    if len({len(place) for place in places.values()}) > 1:
+        raise ValueError("its samples have different members")
+    return places
+
+
+def write_index(path: Path, tar: Path) -> None:
+    """Writes the index of a tar shard, which spares reading the whole file to find a sample."""
+    path.write_text(json.dumps(index_tar(tar)))
+
+
+def index_path(tar: Path) -> Path:
+    return tar.with_suffix(".index.json")
+
+
 class TarShard(Shard):
     """A tar file of webdataset: ``KEY.views.npy`` ``(V, *shape)``, ``KEY.cls``, ``KEY.json``, ``KEY.txt`` and ``KEY.text.npy``."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
-        members: dict[str, dict[str, tuple[int, int]]] = {}
+        index = index_path(path)
         try:
-            with tarfile.open(path, "r:") as tar:
-                for member in tar:
-                    key, _, kind = member.name.partition(".")
-                    members.setdefault(key, {})[kind] = (member.offset_data, member.size)
-            self._file = open(path, "rb")  # noqa: SIM115, closed with the shard
-        except (OSError, tarfile.TarError) as error:
+            places = json.loads(index.read_text()) if index.is_file() else index_tar(path)
+            self._places = {kind: torch.tensor(place) for kind, place in places.items()}
+            # mapped rather than opened: thousands of shards stay within the limit on open files, and forks share no position
+            with open(path, "rb") as file:
+                self._file = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except (OSError, ValueError, TypeError, AttributeError, tarfile.TarError) as error:
             raise self.damage(" ".join(str(error).split())[:120]) from error
-        self._members = list(members.values())
 
     def labels(self) -> Tensor:
         try:
-            return torch.tensor([int(self._bytes(place, "cls")) for place in range(len(self._members))])
+            return torch.tensor([int(self._bytes(place, "cls")) for place in range(len(self._places["cls"]))])
         except (OSError, ValueError, LookupError) as error:
             raise self.damage("class labels cannot be read") from error
 
     def _bytes(self, place: int, kind: str) -> bytes:
-        offset, size = self._members[place][kind]
-        # a read at a place, not a seek: forked workers share the file's position
-        return os.pread(self._file.fileno(), size, offset)
+        offset, size = self._places[kind][place].tolist()
+        return self._file[offset : offset + size]
 
     def _array(self, place: int, kind: str) -> Tensor:
         return torch.from_numpy(np.load(io.BytesIO(self._bytes(place, kind)), allow_pickle=False))
 
     def _read(self, place: int) -> tuple[Sample, int]:
-        kinds = self._members[place]
+        kinds = self._places
         facts = json.loads(self._bytes(place, "json"))
         caption = self._bytes(place, "txt").decode() if "txt" in kinds else None
         text = self._array(place, "text.npy") if "text.npy" in kinds else None
