@@ -72,8 +72,8 @@ class FlexTok(VisualTokenizer):
             ``uniform_pow2``, uniform and rounded up to one.
         condition_dropout: share of training samples without condition.
         times, mode_scale: law of training times, see :func:`training_times`.
-        time_shift: times of training and decoding move towards noise, ``t`` to ``s t / (1 + (s - 1) t)`` (Esser et al., 2024, section
-            5.3.2). Plain pixels show through much noise, where only shifted times ask the registers for what they show.
+        time_shift: times of training and decoding move towards noise, ``t`` to ``s t / (1 + (s - 1) t)`` (Esser et al., 2024,
+            section 5.3.2). Flat pixels show through much noise: only times close to 1 ask the registers what is there.
         flow_weight: of the flow's loss.
         repa_layer, repa_dim, repa_hidden: the patches after this block pass a projector of that hidden width to ``repa_dim``
             channels, ``features["repa_teacher"]``, to be aligned with a teacher's (REPA, arXiv 2410.06940); None for no projector.
