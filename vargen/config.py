@@ -32,7 +32,8 @@ def load_config(
 ) -> DictConfig:
     """A recipe with ``key=value`` overrides applied; keys must be known to ``schema``, or to the recipe where none is given.
 
-    A schema is a nested mapping of defaults. A value of None accepts anything, and an empty mapping accepts any mapping.
+    A schema is a nested mapping of defaults. A value of None accepts anything, and an empty mapping accepts any mapping; an
+    override that gives such a mapping as a whole, ``dataset={name: cache, path: X}``, replaces the recipe's.
 
     Raises:
         ConfigError: missing or malformed file, malformed override, or unknown key.
@@ -47,6 +48,10 @@ def load_config(
             _refuse_unknown(tree, known, "")
         changes = OmegaConf.from_dotlist([_check_override(o) for o in overrides])
         _refuse_unknown(changes, known, "")
+        for key in (text.split("=", 1)[0] for text in overrides if text.split("=", 1)[1].lstrip().startswith("{")):
+            free = OmegaConf.select(known, key)
+            if isinstance(free, DictConfig) and not len(free):
+                OmegaConf.update(tree, key, {}, merge=False)
         merged = OmegaConf.merge(known, tree, changes)
         OmegaConf.resolve(merged)
     except (OmegaConfBaseException, OSError, UnicodeDecodeError) as error:

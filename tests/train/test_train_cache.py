@@ -175,6 +175,17 @@ def test_validation_on_pictures_beside_a_cache(home: Path, tmp_path: Path):
     assert losses(tmp_path / "cache") == losses(tmp_path / "pixels")
 
 
+def test_a_recipe_of_pictures_is_pointed_to_a_cache(home: Path, tmp_path: Path):
+    given = recipe(home, "vq", PIXELS, tokens={"cache": True, "views": 2})
+    path = home / "vq-safetensors"
+    final = train(given, [f"dataset={{name: cache, path: {path}}}", "tokens.cache=false"], output_dir=tmp_path / "cache")
+    train(recipe(home, "vq", "vq-safetensors"), output_dir=tmp_path / "plain")
+    assert final is not None
+    assert losses(tmp_path / "cache") == losses(tmp_path / "plain")
+    with pytest.raises(ConfigError, match="has no argument 'size'"):
+        train(given, [f"dataset.path={path}", "dataset.name=cache", "tokens.cache=false"], output_dir=tmp_path / "merged")
+
+
 def test_drafters_learn_from_caches(home: Path, tmp_path: Path):
     target = train(recipe(home, "vq", "vq-safetensors"), output_dir=tmp_path / "target")
     drafter = {"kind": "drafter", "validation": {"samples": 8}, "target": str(target), "optimizer": {"learning_rate": 1e-3}}
