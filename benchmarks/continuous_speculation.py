@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import statistics
 import time
 from dataclasses import dataclass
@@ -90,8 +91,8 @@ def draw(row: Row, seed: int, numbers: Tensor) -> dict[str, Tensor]:
 def draw_all(rows: dict[str, Row], seed: int, samples: int, work: Path) -> dict[str, dict[str, Tensor]]:
     """``samples`` of every row; what an earlier run has kept is not drawn again."""
     kept = {}
-    for number, (name, row) in enumerate(rows.items()):
-        file = work / f"seed-{seed}" / f"{number:02d}.safetensors"
+    for name, row in rows.items():
+        file = work / f"seed-{seed}" / f"{re.sub('[^a-z0-9.=]+', '-', name.lower())}.safetensors"
         parts = [load_file(file)] if file.is_file() else []
         done = len(parts[0]["tokens"]) if parts else 0
         if done < samples:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import statistics
 import time
 from pathlib import Path
@@ -94,7 +95,7 @@ def settings(pipe: Any) -> tuple[Any, Any]:
 def draw_all(pipe: Any, rows: dict[str, Speculation | None], seed: int, samples: int, work: Path) -> dict[str, dict[str, Tensor]]:
     """``samples`` of every row, in turns; what an earlier run has kept is not drawn again."""
     kept: dict[str, dict[str, Tensor]] = {}
-    files = {name: work / f"seed-{seed}" / f"{number:02d}.safetensors" for number, name in enumerate(rows)}
+    files = {name: work / f"seed-{seed}" / f"{re.sub('[^a-z0-9.=δλ]+', '-', name.lower())}.safetensors" for name in rows}
     for name, file in files.items():
         if file.is_file():
             kept[name] = load_file(file)
