@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -84,6 +85,7 @@ class Plan:
     capacity: int
 
     @classmethod
+    @lru_cache(maxsize=16)
     def of(
         cls,
         layout: Layout,
@@ -93,7 +95,7 @@ class Plan:
         buckets: int | None = None,
         device: torch.device | str = "cpu",
     ) -> Plan:
-        """The passes behind ``given`` tokens, up to ``stop`` known ones.
+        """The passes behind ``given`` tokens, up to ``stop`` known ones. The last plans are kept.
 
         Args:
             buckets: at most so many sizes of groups, and of what is read of the cache; smaller ones are padded. None pads nothing.
