@@ -1,10 +1,11 @@
-"""The decoding engine against two plain loops, one process, one model: without a cache, and with one.
+"""The decoding engine against two plain loops, one process, one model: with a cache, and without.
 
     python benchmarks/engine.py --preset B --grid 16 16 --batch-size 1
 
-The first loop runs the whole sequence again for every token; the second is the straightforward cached loop: one forward, one
-softmax, one multinomial draw per token. Beside the times stands the bound that reading all weights once per token sets, from the
-bandwidth that a plain copy reaches here.
+The first loop is the straightforward cached one: one forward, one softmax, one multinomial draw per token. The second runs the
+whole sequence again for every token. Engine and cached loop take turns, so that what else the machine does hits both alike; wall
+time and the process's CPU time are compared by their least and their median over the turns. Beside them stands the bound that
+reading all weights once per token sets, from the bandwidth that a plain copy reaches here.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from vargen import Condition, LlamaGen, Noise
 from vargen.checkpoint import atomic_write
+from vargen.decoding.engine import Engine
 
 
 @torch.no_grad()
@@ -59,15 +61,11 @@ def copy_bandwidth() -> float:
     return 2 * source.numel() / min(times)
 
 
-def seconds(run: Callable[[], object], repeats: int) -> float:
-    """Median of some runs after one that is not counted."""
+def seconds(run: Callable[[], object]) -> tuple[float, float]:
+    """Wall and CPU time of one call."""
+    wall, cpu = time.perf_counter(), time.process_time()
     run()
-    times = []
-    for _ in range(repeats):
-        started = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - started)
-    return statistics.median(times)
+    return time.perf_counter() - wall, time.process_time() - cpu
 
 
 def main() -> None:
@@ -75,33 +73,48 @@ def main() -> None:
     parser.add_argument("--preset", default="B")
     parser.add_argument("--grid", type=int, nargs=2, default=[16, 16])
     parser.add_argument("--batch-size", type=int, default=1)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--turns", type=int, default=3, help="runs of engine and cached loop, after one that is not counted")
+    parser.add_argument("--compile", action="store_true", help="a third one that takes turns: the engine with compiled blocks")
     parser.add_argument("--output", default="benchmarks/results/engine-cpu.json")
     arguments = parser.parse_args()
     torch.manual_seed(0)
     model = LlamaGen.from_preset(arguments.preset, grid=arguments.grid).eval()
-    labels = torch.arange(arguments.batch_size) % model.num_classes
-    condition = Condition(class_labels=labels)
+    # a head of zeros, as it starts, would leave the softmax flat
+    torch.nn.init.normal_(model.output_heads[0].linear.weight, std=0.02)
+    condition = Condition(class_labels=torch.arange(arguments.batch_size) % model.num_classes)
+    noise = Noise(0, arguments.batch_size)
     runs = {
-        "engine": lambda: model.generate(condition, noise=Noise(0, arguments.batch_size)),
+        "engine": lambda: model.generate(condition, noise=noise),
         "cached loop": lambda: with_cache(model, condition),
-        "loop without cache": lambda: without_cache(model, condition),
     }
-    times = {name: seconds(run, arguments.repeats if name != "loop without cache" else 1) for name, run in runs.items()}
+    if arguments.compile:
+        engine = Engine(compile=True)
+        runs["compiled engine"] = lambda: model.generate(condition, noise=noise, decoding=engine)
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
+    for turn in range(-1, arguments.turns):
+        for name, run in runs.items():
+            pair = seconds(run)
+            if turn >= 0:
+                times[name].append(pair)
+    times["loop without cache"] = [seconds(lambda: without_cache(model, condition))]
+
     tokens = model.space.num_tokens
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     bound = tokens * weights / copy_bandwidth()
-    for name, value in times.items():
-        print(f"{name:20s} {value:8.2f} s  {1000 * value / tokens:7.1f} ms per token  {value / times['engine']:5.2f} x the engine")
-    print(f"{'weight bandwidth':20s} {bound:8.2f} s  {1000 * bound / tokens:7.1f} ms per token")
     record = {
         "preset": arguments.preset,
         "grid": arguments.grid,
         "batch_size": arguments.batch_size,
-        "seconds": times,
-        "bandwidth_bound_seconds": bound,
+        "seconds": {},
+        "bandwidth_bound_seconds": round(bound, 3),
         "environment": {"torch": torch.__version__, "threads": torch.get_num_threads(), "machine": platform.machine()},
     }
+    print(f"{'seconds':20s} {'wall: least':>12s} {'median':>8s} {'CPU: least':>12s} {'median':>8s}")
+    for name, pairs in times.items():
+        row = {clock: [f(p[i] for p in pairs) for f in (min, statistics.median)] for i, clock in enumerate(("wall", "cpu"))}
+        record["seconds"][name] = {clock: dict(zip(("least", "median"), (round(v, 3) for v in row[clock]))) for clock in row}
+        print(f"{name:20s} {row['wall'][0]:12.2f} {row['wall'][1]:8.2f} {row['cpu'][0]:12.2f} {row['cpu'][1]:8.2f}")
+    print(f"{'weight bandwidth':20s} {bound:12.2f}")
     atomic_write(arguments.output, lambda path: path.write_text(json.dumps(record, indent=2) + "\n") and None)
 
 
