@@ -89,15 +89,15 @@ def build_model(config: Mapping[str, Any], kind: str, **given: Any) -> Any:
 
 
 def build_generator(config: Mapping[str, Any], tokenizer: VisualTokenizer, dataset: VisualDataset, text_encoder: Any) -> Generator:
-    """A fresh generator for the tokenizer's space, or the one saved at ``path``.
+    """A fresh generator for the tokenizer's space, or the one saved at ``path`` with some arguments changed, such as its grid.
 
-    Arguments that ``config`` leaves out are filled from their surroundings: ``grid``, ``length``, ``codebook_size`` and ``channels``
-    from the tokenizer, ``num_classes`` from the data, ``text_dim`` and ``text_length`` from the text encoder.
+    Arguments that ``config`` leaves out of a fresh one are filled from its surroundings: ``grid``, ``length``, ``codebook_size``
+    and ``channels`` from the tokenizer, ``num_classes`` from the data, ``text_dim`` and ``text_length`` from the text encoder.
     """
     if (config["system"] is None) == (config["path"] is None):
         raise ConfigError("model: give exactly one of system (a fresh generator) and path (one to train further)")
     if config["path"] is not None:
-        generator = load_generator(str(config["path"]))
+        generator = rebuilt(load_generator(str(config["path"])), config["config"])
     else:
         space = tokenizer.space
         given: dict[str, Any] = {"grid": list(space.shape), "length": space.num_tokens}
@@ -220,20 +220,21 @@ def load_part(model: nn.Module, name: str, path: str) -> None:
     load_strictly(part, state, source=f"'{files[0]}' as model.parts.{name}")
 
 
-def rebuilt(tokenizer: VisualTokenizer, changes: Mapping[str, Any]) -> VisualTokenizer:
-    """The tokenizer with some constructor arguments changed and all its weights; state that only training needs starts afresh.
+def rebuilt(model: Any, changes: Mapping[str, Any]) -> Any:
+    """The model with some constructor arguments changed and all its weights; state that only training needs starts afresh.
 
     Raises:
         ConfigError: an unknown argument.
         CheckpointError: weights that do not fit the changed model.
     """
     if not changes:
-        return tokenizer
-    check_keys(changes, sorted(type(tokenizer)._get_init_keys(type(tokenizer))), f"model.config of {type(tokenizer).__name__}")
-    changed = type(tokenizer)(**{**tokenizer.config_dict(), **changes})
+        return model
+    name = type(model).__name__
+    check_keys(changes, sorted(type(model)._get_init_keys(type(model))), f"model.config of {name}")
+    changed = type(model)(**{**model.config_dict(), **changes})
     own = {key: value for key, value in changed.state_dict().items() if _of_training(key)}
-    weights = {key: value for key, value in tokenizer.state_dict().items() if not _of_training(key)}
-    load_strictly(changed, {**own, **weights}, source="the saved tokenizer with model.config changed")
+    weights = {key: value for key, value in model.state_dict().items() if not _of_training(key)}
+    load_strictly(changed, {**own, **weights}, source=f"the saved {name} with model.config changed")
     for module in changed.modules():
         if isinstance(module, VectorQuantizer) and module.ema_decay is not None:
             # the averages go on from the codes that were learned

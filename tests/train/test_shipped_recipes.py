@@ -40,8 +40,11 @@ CONVERTED = {
     "outputs/convert/larp-tokenizer": ("larp-tokenizer", "larp-l-long"),
     "outputs/convert/nbp-tokenizer-ucf101": ("nbp-tokenizer", "magvit2"),
     "outputs/convert/nbp-tokenizer-k600": ("nbp-tokenizer", "magvit2"),
+    "outputs/convert/vq16-t2i": ("llamagen-vq", "VQ-16"),
+    "outputs/convert/vq16-t2i-512": ("llamagen-vq", "VQ-16"),
 }
 
+TEXT_WIDTHS = {"google/flan-t5-xl": 2048}
 # generators whose constructors count cells, which the meta device cannot: small ones on the CPU
 SMALL = {
     "ecar": {"dim": 64, "depth": 1, "heads": 4, "head_width": 32, "head_depth": 1},
@@ -69,7 +72,8 @@ def tokenizer_at(path: str) -> VisualTokenizer:
     """The tokenizer that a recipe names: converted, bundled, or what another recipe makes."""
     if path in CONVERTED:
         name, preset = CONVERTED[path]
-        return build_tokenizer({"system": name, "preset": preset, "config": {}})
+        size = {"sample_size": 512} if path.endswith("512") else {}
+        return build_tokenizer({"system": name, "preset": preset, "config": size})
     maker = next((name for name, recipe in RAW.items() if f"{recipe['output_dir']}/final" == path), None)
     if maker is None:
         return load_tokenizer(path, device="cpu")
@@ -119,9 +123,15 @@ def test_generators(name: str):
     cached = config.dataset.name == "cache"
     shape = tuple(tokenizer.sample_shape) if cached else sizes(config)
     data: Any = SimpleNamespace(num_classes=1000, sample_shape=shape)
-    words = config.text_encoder.words
-    encoder = None if words is None else SimpleNamespace(dim=words["dim"], max_length=config.text_encoder.max_length)
+    text = config.text_encoder
+    width = text.words["dim"] if text.words is not None else TEXT_WIDTHS.get(text.path)
+    encoder = None if width is None else SimpleNamespace(dim=width, max_length=text.max_length)
     model = plain(config.model)
+    if model["path"] is not None:
+        # goes on from what another recipe makes
+        maker = next(name for name, recipe in RAW.items() if f"{recipe['output_dir']}/final" == model["path"])
+        first = plain(load(maker).model)
+        model = {**first, "config": {**first["config"], **model["config"]}}
     small = SMALL.get(model["system"], {})
     model["config"] = {**model["config"], **small}
     with torch.device(tokenizer.device):

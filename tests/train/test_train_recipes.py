@@ -162,7 +162,7 @@ def test_text_conditional_generator_with_its_word_encoder(trained: Path, tmp_pat
 
 def test_a_generator_is_trained_further(trained: Path, tmp_path: Path):
     final = train(generator_recipe(trained / "final"), output_dir=tmp_path / "first")
-    recipe = generator_recipe(trained / "final", model={"path": str(final)})
+    recipe = generator_recipe(trained / "final", model={"path": str(final), "config": {"condition_dropout": 0.5}})
     assert train(recipe, ["training.max_train_steps=1"], output_dir=tmp_path / "second")
 
 
