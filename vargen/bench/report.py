@@ -18,7 +18,12 @@ from vargen.errors import DataError
 def write(record: Mapping[str, Any], output: Path, device: torch.device) -> Path:
     """Writes a record as JSON to a file, or into a folder (given as such, or by its trailing slash) as ``<device>.json``."""
     file = output / f"{slug(device)}.json" if output.is_dir() else output
-    atomic_write(file, lambda path: path.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n") and None)
+    content = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
+
+    def save(path: Path) -> None:
+        path.write_text(content, encoding="utf-8")
+
+    atomic_write(file, save)
     return file
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -46,7 +48,7 @@ class Uncached:
             progress = Progress(index, len(steps), step.known, step.known + len(step.targets), layout.order.num_cells)
             cond, null = (logits, None) if rows == 1 else logits.chunk(2)
             targets = step.targets.to(model.device)
-            filters = {"temperature": sampling.temperature, "top_k": sampling.top_k, "top_p": sampling.top_p}
+            filters: dict[str, Any] = {"temperature": sampling.temperature, "top_k": sampling.top_k, "top_p": sampling.top_p}
             scale = guidance.at(progress)
             tokens[:, targets] = guided_sample(cond, null, scale, uniforms[:, targets], greedy=sampling.greedy, **filters)
         return as_codes(model, tokens)
