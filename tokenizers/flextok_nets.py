@@ -125,7 +125,8 @@ class FlowDecoder(nn.Module):
     ) -> None:
         super().__init__()
         self.from_code = nn.Linear(code_dim, dim)
-        self.register_positions = nn.Parameter(0.02 * torch.randn(num_registers, dim))
+        # about as large as the embedded codes, so that registers are told apart from the first step
+        self.register_positions = nn.Parameter(0.2 * torch.randn(num_registers, dim))
         self.dropped = nn.Parameter(torch.empty(dim))
         nn.init.trunc_normal_(self.dropped, std=0.02)
         self.null = nn.Parameter(torch.empty(dim)) if learned_null else None
