@@ -181,7 +181,7 @@ def _save(model: FeatureNet, folder: Path, dataset: str, facts: Mapping[str, Any
     count = torch.get_num_threads()
     threads = f"{count} CPU thread{'s' if count > 1 else ''} ({platform.machine()})"
     rows = "\n".join(f"| {key} | {100 * share:.2f} % |" for key, share in facts["accuracy"].items())
-    held_out = "359 held-out digits" if dataset == "digits" else f"{TEST_LENGTH} held-out pictures"
+    held_out = "359 held-out digits" if dataset == "digits" else f"{TEST_LENGTH} held-out {'clips' if model.frames else 'pictures'}"
     card = f"""---
 library_name: vargen
 license: apache-2.0
@@ -196,7 +196,7 @@ logits serve the offline evaluation: `vargen.metrics.features.load_feature_net("
 {rows}
 
 Made by `python -m vargen.train.features {dataset} --steps {facts["steps"]} --seed {facts["seed"]} --out FOLDER`:
-{facts["steps"]} steps of {facts["batch_size"]} images, {facts["seconds"][0]} s
+{facts["steps"]} steps of {facts["batch_size"]} {"clips" if model.frames else "images"}, {facts["seconds"][0]} s
 ({facts["seconds"][1]} s of processor time) on {threads}.
 """
     half = copy.deepcopy(model).half()
