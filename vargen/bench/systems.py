@@ -64,7 +64,7 @@ SIZES: dict[str, dict[str, dict[str, Any]]] = {
                       "head_width": 96, "head_depth": 2, "head_steps": "50", "dense_head_width": 64, "dense_head_depth": 2,
                       "dense_head_heads": 2, "dense_head_steps": "50"},
             "xar": {"entity_size": [4, 4], "dim": 128, "encoder_depth": 1, "decoder_depth": 2, "heads": 4, "sampling_steps": 25},
-            "ecar": {"stages": 3, "dim": 128, "depth": 4, "heads": 4, "head_width": 112, "head_depth": 2},
+            "ecar": {"stages": 3, "dim": 128, "depth": 3, "heads": 4, "head_width": 112, "head_depth": 2},
         },
     ),
     "base": _sizes(
@@ -76,7 +76,7 @@ SIZES: dict[str, dict[str, dict[str, Any]]] = {
             "mar": {"encoder_depth": 6, "decoder_depth": 6, "head_depth": 3},
             "himar": {"encoder_depth": 5, "decoder_depth": 5, "head_depth": 3, "head_width": 768, "dense_head_depth": 3},
             "xar": {"encoder_depth": 5, "decoder_depth": 5},
-            "ecar": {"head_depth": 3},
+            "ecar": {"depth": 8, "head_depth": 3},
         },
     ),
 }  # fmt: skip
