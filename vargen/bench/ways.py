@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -32,7 +34,7 @@ STATIC = "naive_extend_57"
 # of LANTERN's relaxation, cut where a codebook is small
 NEIGHBORS = 1000
 # tokens per target pass that the bundled digits model and its trained drafter reach, see docs/speculation.md
-TOKENS = {"jacobi": 2.3, "lossless-dynamic": 2.0, "lossless-static": 2.0, "lantern": 2.5, "lantern++": 2.5}
+TOKENS = {"jacobi": 2.3, "lossless-dynamic": 3.4, "lossless-static": 4.2, "lantern": 3.6, "lantern++": 4.9}
 
 
 @dataclass
@@ -93,6 +95,17 @@ def compiled(subject: Subject) -> Run | None:
         return Run(partial(subject.generate, decoding=Engine(compile=True)), (subject.model,), countable=False)
     swap = CompiledBlocks(subject.model)
     return Run(partial(_within, swap, subject.generate), (subject.model,), countable=False)
+
+
+def int8(subject: Subject) -> Run | None:
+    """Weights of 8 bits, read by compiled blocks."""
+    if not isinstance(subject.model, CausalGenerator) or find_spec("torchao") is None:
+        return None
+    from vargen.decoding.quantize import int8_weights
+
+    small = replace(subject, model=int8_weights(copy.deepcopy(subject.model)))  # type: ignore[arg-type]
+    run = partial(small.generate, decoding=Engine(compile=True))
+    return Run(run, (small.model,), countable=False, weight_size=1 / subject.model.dtype.itemsize)
 
 
 def triton(subject: Subject) -> Run | None:
@@ -179,11 +192,12 @@ WAYS: dict[str, Way] = {
     "compiled": compiled,
     "graphs": partial(graphs, compile=False),
     "compiled-graphs": partial(graphs, compile=True),
+    "int8": int8,
     "triton": triton,
     "jacobi": partial(speculative, tokens=TOKENS["jacobi"], make=_jacobi),
     "lossless-dynamic": partial(speculative, tokens=TOKENS["lossless-dynamic"], make=_eagle),
     "lossless-static": partial(speculative, tokens=TOKENS["lossless-static"], make=partial(_eagle, tree=STATIC)),
-    "lantern": partial(speculative, tokens=TOKENS["lantern"], make=partial(_relaxed, k=NEIGHBORS, delta=0.1)),
+    "lantern": partial(speculative, tokens=TOKENS["lantern"], make=partial(_relaxed, k=NEIGHBORS, delta=0.4)),
     "lantern++": partial(speculative, tokens=TOKENS["lantern++"], make=partial(_relaxed, k=10, ratio=5.0, tree=STATIC)),
     "continuous": continuous,
 }
