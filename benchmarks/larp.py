@@ -187,10 +187,10 @@ def held_out_loss(kind: str, run: Run, known: Codes, tests: Codes, steps: int, s
         return torch.cat([prior.eval()(Codes(ids, labels)).mean(1) for ids, labels in chunks])
 
 
-def orders(run: Run, known: Codes, tests: Codes, steps: int, seeds: list[int]) -> dict[str, Any]:
-    """Held-out loss of either kind of prior in the learned order and in a random one."""
+def orders(run: Run, known: Codes, tests: Codes, kinds: list[str], steps: int, seeds: list[int]) -> dict[str, Any]:
+    """Held-out loss of every kind of prior in the learned order and in a random one."""
     report: dict[str, Any] = {}
-    for kind in KINDS:
+    for kind in kinds:
         losses: dict[str, list[float]] = {"learned": [], "random": []}
         differences, started = [], time.process_time()
         for seed in seeds:
@@ -230,9 +230,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="directory that `vargen train` made; its loss curve and pictures are drawn")
     parser.add_argument("--others", type=Path, nargs="*", default=[], help="runs to judge beside it, e.g. one without a prior")
-    parser.add_argument("--samples", type=int, default=512, help="held-out clips")
-    parser.add_argument("--clips", type=int, default=4096, help="training clips whose ids the priors learn from")
-    parser.add_argument("--steps", type=int, default=400, help="of every prior")
+    parser.add_argument("--samples", type=int, default=256, help="held-out clips")
+    parser.add_argument("--clips", type=int, default=2048, help="training clips whose ids the priors learn from")
+    parser.add_argument("--steps", type=int, default=250, help="of every prior")
+    parser.add_argument("--kinds", nargs="+", choices=list(KINDS), default=list(KINDS), help="of priors")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/larp.json"))
     parser.add_argument("--pictures", type=Path, default=Path("docs/tokenizers"))
@@ -250,7 +251,7 @@ def main() -> None:
                 "model": run.recipe["model"],
                 "prior_weight": run.tokenizer.config.prior_weight if run.tokenizer.config.prior else None,
                 **fidelity(run, held_out, mean_clip),
-                "order": orders(run, known, tests, arguments.steps, arguments.seeds),
+                "order": orders(run, known, tests, arguments.kinds, arguments.steps, arguments.seeds),
             }
         )
     report = {
