@@ -124,12 +124,13 @@ def reconstructions(arguments: argparse.Namespace) -> dict[str, dict[str, float]
 
 
 def measure_speed(runs: list[tuple[str, int]], arguments: argparse.Namespace) -> None:
-    """Milliseconds of one core per image, tokens and pixels, of all runs in turn; the median of some rounds goes to each folder."""
+    """Milliseconds of one core per image, tokens and pixels, of all finished runs in turn; each folder gets its median round."""
     torch.set_num_threads(1)
     folders = [Path(arguments.work) / f"{name}-{seed}" for name, seed in runs]
+    folders = [folder for folder in folders if (folder / "judged.json").is_file()]
     pipes = [VisualARPipeline.from_pretrained(folder / "final") for folder in folders]
     settings = [read_json(folder / "judged.json")["asked"]["settings"] for folder in folders]  # type: ignore[index]
-    times: list[dict[int, list[float]]] = [{batch: [] for batch in BATCHES} for _ in runs]
+    times: list[dict[int, list[float]]] = [{batch: [] for batch in BATCHES} for _ in folders]
     for _ in range(arguments.rounds):
         for pipe, options, taken in zip(pipes, settings, times):
             for batch in BATCHES:
@@ -209,7 +210,7 @@ def main() -> None:
     parser.add_argument("--continuous", required=True, help="one of continuous tokens, on the same grid")
     parser.add_argument("--systems", nargs="+", default=list(SYSTEMS), choices=list(SYSTEMS), metavar="SYSTEM")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
-    parser.add_argument("--steps", type=int, default=800)
+    parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--learning-rate", type=float, default=5e-3)
     parser.add_argument("--views", type=int, default=1, help="augmented views of every training image")
