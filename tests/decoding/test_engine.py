@@ -1,5 +1,8 @@
 """The engine's ways of running the same passes draw the same tokens."""
 
+import shutil
+import sys
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -14,6 +17,7 @@ from vargen.backbones.nbp import NBP
 from vargen.condition import Condition
 from vargen.decoding.engine import Engine
 from vargen.decoding.plan import Numbers, Plan
+from vargen.decoding.quantize import int8_weights
 from vargen.errors import ConfigError, VargenError
 from vargen.guidance import Guidance, until
 from vargen.layout import hybrid, neighboring, shifted
@@ -137,3 +141,21 @@ def test_what_cannot_run_here_is_refused(monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(VargenError, match="needs a C\\+\\+ compiler, no-such-compiler"):
         model.generate(labels(), decoding=Engine(compile=True))
+
+
+@pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="torch.compile needs a C++ compiler")
+def test_compiled_blocks_draw_what_plain_ones_draw():
+    model, engine = build(NAR, grid=(2, 3), num_classes=4, mlp_hidden=40), Engine(compile=True, buckets=1)
+    run = {"noise": Noise(0, 2), "guidance": Guidance(2.0)}
+    tokens = model.generate(labels(), **run, decoding=engine)
+    assert torch.equal(tokens, model.generate(labels(), **run))
+    # all blocks and passes but the one over the prefix share one compiled shape, and another batch of that size takes it again
+    with torch.compiler.set_stance("fail_on_recompile"):
+        assert torch.equal(model.generate(labels(), **run, decoding=engine), tokens)
+
+
+def test_int8_weights_need_torchao(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchao", None)
+    monkeypatch.setitem(sys.modules, "torchao.quantization", None)
+    with pytest.raises(VargenError, match="vargen\\[int8\\]"):
+        int8_weights(build(LlamaGen, grid=(2, 2), num_classes=4, mlp_hidden=40))

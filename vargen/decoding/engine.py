@@ -18,6 +18,7 @@ from vargen.condition import Condition
 from vargen.decoding.compiled import CompiledBlocks, GraphedPasses, compiler
 from vargen.decoding.plan import Numbers, Plan, Shape
 from vargen.decoding.protocols import CausalModel, RunBlock, run_block
+from vargen.decoding.quantize import stored
 from vargen.errors import ConfigError, VargenError
 from vargen.guidance import Guidance, Progress
 from vargen.kernels.dispatch import kernel
@@ -231,7 +232,7 @@ class Engine:
         if not self.graphs:
             run = Run(model, plan, condition, noise, rows, scales, sampling, self.block)
             return run, run.step
-        weights = tuple(tensor.data_ptr() for tensor in chain(model.parameters(), model.buffers()))
+        weights = tuple(part.data_ptr() for tensor in chain(model.parameters(), model.buffers()) for part in stored(tensor))
         key = id(model), weights, tuple(plan.shapes), noise.batch_size, rows, scales, sampling
         if self._kept is None or self._kept[0] != key or not self._kept[1].refill(condition, noise):
             self._kept = None  # frees the old buffers before new ones are made

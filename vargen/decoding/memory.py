@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from vargen.decoding.plan import Plan
+from vargen.decoding.quantize import stored
 
 
 def decoding_memory(
@@ -28,7 +29,7 @@ def decoding_memory(
     Args:
         model: a :class:`vargen.backbones.causal.CausalGenerator`.
         rows: 2 with guidance, else 1.
-        dtype: of weights and activations, the model's own by default.
+        dtype: of weights and activations, the model's own by default; quantised weights count as they are.
         given, stop, buckets: as in the engine.
     """
     plan = Plan.of(model.layout, given, stop, buckets=buckets)
@@ -53,8 +54,7 @@ def decoding_memory(
 
 
 def _nbytes(tensor: Tensor, dtype: torch.dtype | None) -> int:
-    if hasattr(tensor, "__tensor_flatten__"):
-        names, _ = tensor.__tensor_flatten__()
-        return sum(_nbytes(getattr(tensor, name), None) for name in names)
-    size = dtype.itemsize if dtype is not None and tensor.is_floating_point() else tensor.element_size()
-    return tensor.numel() * size
+    parts = list(stored(tensor))
+    if dtype is not None and len(parts) == 1 and tensor.is_floating_point():
+        return tensor.numel() * dtype.itemsize
+    return sum(part.numel() * part.element_size() for part in parts)
