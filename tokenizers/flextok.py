@@ -78,6 +78,7 @@ class FlexTok(VisualTokenizer):
         repa_layer, repa_dim, repa_hidden: the patches after this block pass a projector of that hidden width to ``repa_dim``
             channels, ``features["repa_teacher"]``, to be aligned with a teacher's (REPA, arXiv 2410.06940); None for no projector.
         usage_window: see :class:`vargen.nn.quantize.VectorQuantizer`.
+        continuous_share: share of training samples whose codes are not rounded, see :meth:`vargen.nn.quantize.FSQ.forward`.
     """
 
     @register_to_config
@@ -107,6 +108,7 @@ class FlexTok(VisualTokenizer):
         repa_dim: int | None = None,
         repa_hidden: int = 2048,
         usage_window: int = 0,
+        continuous_share: float = 0.0,
     ) -> None:
         super().__init__()
         if nested not in NESTED:
@@ -293,7 +295,8 @@ class FlexTok(VisualTokenizer):
         batch = len(pixels)
         noise = as_noise(noise, batch, pixels.device)
         latents = self.latents(pixels, noise)
-        q = self.quantizer(self.encoder(latents))
+        share = self.config.continuous_share
+        q = self.quantizer(self.encoder(latents), noise.bernoulli("continuous", share) if share and self.training else None)
         keep = kept_registers(noise, self.config.nested, self.config.num_registers)
         null = noise.bernoulli("null", self.config.condition_dropout)
         t = shifted(training_times(noise, self.config.times, self.config.mode_scale), self.config.time_shift)

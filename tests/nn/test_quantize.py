@@ -82,6 +82,15 @@ def test_usage_is_counted_over_the_last_indices():
     assert torch.equal(quantizer.recent, before)
 
 
+def test_samples_may_stay_between_the_levels():
+    fsq = FSQ((8, 5))
+    z = torch.randn(3, 4, 2, generator=torch.Generator().manual_seed(0))
+    plain, mixed = fsq(z), fsq(z, torch.tensor([True, False, True]))
+    assert torch.equal(plain.indices, mixed.indices)
+    assert torch.equal(plain.quantized[1], mixed.quantized[1])
+    torch.testing.assert_close(mixed.quantized[0], fsq.bound(z[0]) / torch.tensor([4, 2]))
+
+
 def test_scalar_codes_are_counted_over_the_last_indices_too():
     fsq = FSQ((2, 2), usage_window=4)
     points = fsq.lookup(torch.arange(4)) * 20

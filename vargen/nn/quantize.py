@@ -18,7 +18,6 @@ from vargen.kernels.dispatch import kernel
 from vargen.nn.sync import all_sum, from_first
 from vargen.noise import Noise, as_noise
 
-
 # buffers of a quantiser that only its training reads, and the arguments that make them; encoding and decoding do without
 TRAINING_STATE = frozenset(("recent", "idle_steps", "ema_counts", "ema_sums", "usage_average"))
 TRAINING_ARGUMENTS = {"usage_window": 0, "revive_after": None, "ema_decay": None, "clustering_decay": None}
@@ -309,14 +308,22 @@ class FSQ(nn.Module):
         half = self.counts // 2
         return (((codes.float() * half).round().long() + half) * self.basis).sum(-1)
 
-    def forward(self, z: Tensor) -> QuantizerOutput:
-        """Quantises latents ``(B, ..., D)``."""
+    def forward(self, z: Tensor, continuous: Tensor | None = None) -> QuantizerOutput:
+        """Quantises latents ``(B, ..., D)``.
+
+        Args:
+            continuous: bool ``(B,)``, samples whose values stay between the levels, so that a decoder learns from differences that
+                do not change a code yet; their indices are rounded like all others.
+        """
         if z.shape[-1] != self.dim:
             raise VargenError(f"latents of shape {tuple(z.shape)}: expected {self.dim} channels in the last axis")
         with torch.autocast(z.device.type, enabled=False):
             bounded = self.bound(z)
-            codes = straight_through(bounded.round(), bounded) / (self.counts // 2)
-            indices = self.index(codes.detach())
+            rounded = straight_through(bounded.round(), bounded)
+            indices = self.index(rounded.detach() / (self.counts // 2))
+            if continuous is not None:
+                rounded = torch.where(continuous.view(-1, *(1,) * (z.dim() - 1)), bounded, rounded)
+            codes = rounded / (self.counts // 2)
         counted = self.training and "recent" in self._buffers
         if counted:
             self.recent.copy_(torch.cat([self.recent, indices.reshape(-1)])[-len(self.recent) :])
