@@ -174,11 +174,14 @@ class Attention(nn.Module):
     ) -> Tensor:
         """``(B, N, dim)`` to ``(B, N, dim)``; with a cache, keys are all cached ones and then these."""
         qkv = self.qkv(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-        q, k, v = qkv.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
+        # queries and keys turn by the same angles: one rotation of both is half the work of launching
+        qk, v = qkv.split([self.heads + self.kv_heads, self.kv_heads], dim=1)
         if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
+            q, k = qk.split([self.heads, self.kv_heads], dim=1)
+            qk = torch.cat([self.q_norm(q), self.k_norm(k)], dim=1)
         if rotary is not None:
-            q, k = apply_rotary(q, rotary, self.interleaved), apply_rotary(k, rotary, self.interleaved)
+            qk = apply_rotary(qk, rotary, self.interleaved)
+        q, k = qk.split([self.heads, self.kv_heads], dim=1)
         if cache is not None:
             k, v = cache.update(layer, k, v)
         y = attention(q, k, v, mask, causal, self.scale, self.attn_dropout if self.training else 0.0)
