@@ -116,6 +116,30 @@ def test_nothing_of_the_last_call_is_left_to_the_next():
     assert torch.equal(first, kept)
 
 
+@pytest.mark.parametrize("name", ["llamagen text", "nar image", "flextok text", "nbp frames"])
+def test_kept_buffers_take_other_samples(name, monkeypatch):
+    monkeypatch.setattr("vargen.decoding.engine.GraphedPasses", lambda step, device: step)
+    make, condition, _, guided = ALL[name]
+    model, condition, engine = make(), condition(), Engine(graphs=True, buckets=2)
+    runs = []
+    for number, rows in enumerate(([0, 1], [1, 0], [1])):
+        other = condition.select(torch.tensor(rows))
+        run = {"noise": Noise(number, len(rows)), "guidance": Guidance(3 if guided else 1)}
+        assert torch.equal(model.generate(other, **run, decoding=engine), model.generate(other, **run))
+        runs.append(engine._kept[1])
+    assert runs[0] is runs[1] is not runs[2]
+    model.double()
+    assert torch.equal(model.generate(other, **run, decoding=engine), model.generate(other, **run))
+
+
+def test_nothing_is_drawn_where_all_tokens_are_given():
+    for name in ("llamagen", "llamagen text"):
+        make, condition, cells, _ = ALL[name]
+        tokens = torch.arange(2 * cells).reshape(2, cells) % 13
+        given = Condition(condition().class_labels, condition().text, tokens=tokens)
+        assert torch.equal(make().generate(given).flatten(1), tokens)
+
+
 def test_steps_are_reported_with_tokens_that_stay():
     model = build(NAR, grid=(3, 4), num_classes=4, mlp_hidden=40)
     seen = []

@@ -28,7 +28,9 @@ class CompiledBlocks:
     def compiled(self) -> Callable[..., Tensor]:
         return torch.compile(_block, dynamic=False)
 
-    def __call__(self, block: Any, x: Tensor, *, cache: CacheWindow, layer: int, **arguments: Any) -> Tensor:
+    def __call__(self, block: Any, x: Tensor, **arguments: Any) -> Tensor:
+        # the tensors of this layer go in by themselves: a layer's number would have each one compiled anew
+        cache, layer = arguments.pop("cache"), arguments.pop("layer")
         return self.compiled(block, x, cache.keys[layer], cache.values[layer], cache.places, cache.stop, arguments)
 
 
@@ -85,6 +87,6 @@ class GraphedPasses:
                 self.step(shape, numbers)
         torch.cuda.current_stream(self.device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool):
+        with torch.cuda.device(self.device), torch.cuda.graph(graph, pool=self.pool):
             self.step(shape, numbers)
         return graph, numbers

@@ -6,6 +6,7 @@ for the device. The same passes run as they are, padded to a few fixed shapes, t
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from itertools import chain
 from typing import Any
@@ -68,15 +69,16 @@ class Run:
 
     def refill(self, condition: Condition, noise: Noise) -> bool:
         """Takes new samples into the same buffers; returns False where they do not fit in."""
-        held = self.state
-        fresh = self.model.start(condition, noise.batch_size, self.rows, self.model.layout.prefix)
-        pairs = [(held.prefix, fresh.prefix), *((held.extras.get(k), fresh.extras.get(k)) for k in {**held.extras, **fresh.extras})]
-        if held.cache.visible is not None and fresh.cache.visible is not None:
-            pairs.append((held.cache.visible[:, : self.model.layout.prefix], fresh.cache.visible))
-        if any(a is None or b is None or a.shape != b.shape for a, b in pairs):
+        held, prefix = self.state, self.model.layout.prefix
+        fresh = self.model.start(condition, noise.batch_size, self.rows, prefix)
+        old, new = held.extras | {"prefix": held.prefix}, fresh.extras | {"prefix": fresh.prefix}
+        for parts, visible in ((old, held.cache.visible), (new, fresh.cache.visible)):
+            if visible is not None:
+                parts["visible"] = visible[:, :prefix]
+        if {name: part.shape for name, part in old.items()} != {name: part.shape for name, part in new.items()}:
             return False
-        for a, b in pairs:
-            a.copy_(b)
+        for name, part in new.items():
+            old[name].copy_(part)
         # entries that are not seen still count as 0 times their value, which must not be what a broken batch left there
         held.cache.keys.zero_()
         held.cache.values.zero_()
@@ -176,7 +178,9 @@ class Engine:
             raise ConfigError(f"buckets {buckets}: expected at least one size")
         self.buckets = 4 if buckets is None and (compile or graphs) else buckets
         self.compile, self.graphs = compile, graphs
-        self.block: RunBlock = CompiledBlocks() if compile else run_block
+        self.block: RunBlock = run_block
+        if compile:
+            self.block = CompiledBlocks()
         self._kept: tuple[Any, Run, GraphedPasses] | None = None
 
     @torch.no_grad()
@@ -213,9 +217,10 @@ class Engine:
         given = 0 if condition.tokens is None else condition.tokens.shape[1]
         plan = Plan.of(layout, given, stop, buckets=self.buckets, device=noise.device)
         total, cells = len(plan), layout.order.num_cells
-        scales = tuple(guidance.at(Progress(i, total, s.known, s.known + len(s.targets), cells)) for i, s in enumerate(plan.steps))
+        progress = [Progress(i, total, s.known, s.known + len(s.targets), cells) for i, s in enumerate(plan.steps)]
+        scales = tuple(float(guidance.at(p)) for p in progress) or (1.0,)
         with compiler(noise.device) if self.compile else nullcontext():
-            run, step = self._run(model, plan, condition, noise, guidance.rows, scales or (1.0,), sampling)
+            run, step = self._run(model, plan, condition, noise, guidance.rows, scales, sampling)
             for index, (shape, row) in enumerate(zip(plan.shapes, plan.rows)):
                 step(shape, row)
                 if on_step is not None:
@@ -227,7 +232,7 @@ class Engine:
 
     def _run(
         self, model: Any, plan: Plan, condition: Condition, noise: Noise, rows: int, scales: tuple[float, ...], sampling: Sampling
-    ):
+    ) -> tuple[Run, Callable[[Shape, Tensor], None]]:
         """A run of these samples and its step function; the kept ones with CUDA graphs where these still hold."""
         if not self.graphs:
             run = Run(model, plan, condition, noise, rows, scales, sampling, self.block)

@@ -107,7 +107,7 @@ class Plan:
         # a layout is fed from its first slot on, so that a pass ends where as many slots have been fed as its last one says
         ends = [int(step.inputs[-1]) + 1 for step in steps]
         stops = _sizes(ends, buckets, first=0)
-        capacity = max([int(step.inputs[0]) + width for step, width in zip(steps, widths)] + stops, default=0)
+        capacity = max([int(step.inputs[0]) + width for step, width in zip(steps, widths)] + stops, default=layout.prefix)
         shapes, packed = [], []
         for index, step in enumerate(steps):
             width, count = widths[index], counts[index]
