@@ -79,6 +79,8 @@ class FlexTok(VisualTokenizer):
             channels, ``features["repa_teacher"]``, to be aligned with a teacher's (REPA, arXiv 2410.06940); None for no projector.
         usage_window: see :class:`vargen.nn.quantize.VectorQuantizer`.
         continuous_share: share of training samples whose codes are not rounded, see :meth:`vargen.nn.quantize.FSQ.forward`.
+        register_std: deviation of the encoder's registers at the start. In short trainings registers that are as large as what they
+            read from the patches soon tell different things; small ones all tell the same.
     """
 
     @register_to_config
@@ -109,6 +111,7 @@ class FlexTok(VisualTokenizer):
         repa_hidden: int = 2048,
         usage_window: int = 0,
         continuous_share: float = 0.0,
+        register_std: float = 0.02,
     ) -> None:
         super().__init__()
         if nested not in NESTED:
@@ -126,7 +129,9 @@ class FlexTok(VisualTokenizer):
             raise ConfigError(f"sample_size {sample_size}: expected a multiple of {side}")
         grid = (sample_size // side, sample_size // side)
         shared: dict[str, Any] = {"head_dim": head_dim, "code_dim": len(levels), "positions": positions}
-        self.encoder = RegisterEncoder(channels, patch_size, grid, num_registers, encoder_dim, encoder_depth, **shared)
+        self.encoder = RegisterEncoder(
+            channels, patch_size, grid, num_registers, encoder_dim, encoder_depth, **shared, register_std=register_std
+        )
         self.quantizer = FSQ(levels, usage_window=usage_window)
         self.decoder = FlowDecoder(
             channels,

@@ -84,11 +84,12 @@ class RegisterEncoder(nn.Module):
         head_dim: int,
         code_dim: int,
         positions: str,
+        register_std: float = 0.02,
     ) -> None:
         super().__init__()
         self.patches = Patches(channels, dim, patch_size, grid, positions)
         self.registers = nn.Parameter(torch.empty(num_registers, dim))
-        nn.init.trunc_normal_(self.registers, std=0.02)
+        nn.init.trunc_normal_(self.registers, std=register_std, a=-2 * register_std, b=2 * register_std)
         self.blocks = make_blocks(depth, dim, head_dim)
         self.norm = LayerNorm(dim, EPS, affine=False)
         self.to_code = nn.Linear(dim, code_dim)
