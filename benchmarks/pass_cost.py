@@ -12,13 +12,16 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from vargen import Condition, EagleDrafter, LlamaGen
-from vargen.bench.device import describe, seconds
+from vargen.bench.device import describe
+from vargen.bench.device import seconds as wall_seconds
 from vargen.checkpoint import atomic_write
 from vargen.decoding.eagle import DynamicTree
 from vargen.decoding.speculative import tree_mask
@@ -32,6 +35,15 @@ GROWTH: dict[str, tuple[int, list[int]]] = {
     "chain of 5": (6, [1] * 4),
     "Jacobi": (9, []),
 }
+
+
+def seconds(call: Callable[[], object], device: torch.device) -> float:
+    """Of a GPU's wall clock, or of one CPU thread's processor time, which other work on the machine disturbs less."""
+    if device.type != "cpu":
+        return wall_seconds(call, device)
+    started = time.process_time()
+    call()
+    return time.process_time() - started
 
 
 @torch.no_grad()
@@ -84,6 +96,8 @@ def main() -> None:
     arguments = parser.parse_args()
     device, dtype, rows, repeats = pick_device(arguments.device), pick_dtype(arguments.dtype), arguments.rows, arguments.repeats
     torch.manual_seed(0)
+    if device.type == "cpu":
+        torch.set_num_threads(1)
     model = torch.nn.Module.to(LlamaGen.from_preset(arguments.preset), device, dtype).eval()
     drafter = torch.nn.Module.to(EagleDrafter.for_target(model), device, dtype).eval()
     measured = json.loads(arguments.speculation.read_text(encoding="utf-8"))["results"]
