@@ -124,8 +124,8 @@ class VisualTokenizer(VargenModel):
         text_shape: most tokens that a caption may have, and the width of their features; None if any will do.
         text_encoder: reads captions for this tokenizer, where it embeds words by itself; None for any text encoder.
         video: pixels have a time axis.
-        causal_stride: k of video tokenizers that are causal in time: the first 1 + k m frames have tokens of their own, which do not
-            depend on later frames; 0 where tokens depend on the whole clip.
+        causal_stride: k of video tokenizers that are causal in time: the first 1 + k m frames have tokens of their own, which do
+            not depend on later frames; 0 where tokens depend on the whole clip.
         scheduled: ``forward`` takes ``progress=``, the share in [0, 1] of the training that is done.
         paints: ``decode`` makes pixels; False where tokens stand for meaning and no decoder of them is at hand.
     """

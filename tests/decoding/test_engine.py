@@ -169,7 +169,7 @@ def test_what_cannot_run_here_is_refused(monkeypatch):
 
 @pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="torch.compile needs a C++ compiler")
 def test_compiled_blocks_draw_what_plain_ones_draw():
-    model, engine = build(NAR, grid=(2, 3), num_classes=4, mlp_hidden=40), Engine(compile=True, buckets=1)
+    model, engine = build(FlexTokGenerator, length=3, num_classes=4), Engine(compile=True, buckets=1)
     run = {"noise": Noise(0, 2), "guidance": Guidance(2.0)}
     tokens = model.generate(labels(), **run, decoding=engine)
     assert torch.equal(tokens, model.generate(labels(), **run))
