@@ -12,29 +12,13 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.cli.conftest import Run
 from tests.tiny_pipelines import tiny_pipeline, tiny_tokenizer
 from vargen import VQTokenizer, registry
 from vargen.cli.main import main
 from vargen.errors import VargenError
 from vargen.metrics.features import FeatureNet
 from vargen.official.llamagen_vq import to_official
-
-Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
-    """Runs the command line in this process: ``run(*arguments) -> exit code, stdout, stderr``."""
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["vargen", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stopped:
-            main()
-        output = capsys.readouterr()
-        code = stopped.value.code
-        return (code if isinstance(code, int) else 0), output.out, output.err
-
-    return call
 
 
 @pytest.fixture(scope="module")

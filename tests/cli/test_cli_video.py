@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,29 +10,12 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.cli.conftest import Run
 from tests.tiny_pipelines import tiny_video_pipeline
-from vargen.cli.main import main
 from vargen.data.shapes import MOTIONS, ShapesVideo
 from vargen.metrics.features import FeatureNet
 from vargen.sample.files import read_video
 from vargen.sample.motion import save_video
-
-Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
-    """Runs the command line in this process: ``run(*arguments) -> exit code, stdout, stderr``."""
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["vargen", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stopped:
-            main()
-        output = capsys.readouterr()
-        code = stopped.value.code
-        return (code if isinstance(code, int) else 0), output.out, output.err
-
-    return call
 
 
 @pytest.fixture(scope="module")
