@@ -85,6 +85,16 @@ def test_images_depend_on_their_own_noise_only(model, pixels):
     assert not torch.allclose(both, negative)
 
 
+def test_latents_are_not_clipped_on_their_way(model):
+    scheduler = model.pipeline().scheduler
+    scheduler.set_timesteps(10)
+    latents, noise, t = torch.full((1, 4, 8, 8), 3.0), torch.randn(1, 4, 8, 8), scheduler.timesteps[5]
+    survival = scheduler.alphas_cumprod[t]
+    noisy = survival.sqrt() * latents + (1 - survival).sqrt() * noise
+    velocity = survival.sqrt() * noise - (1 - survival).sqrt() * latents
+    assert torch.allclose(scheduler.step(velocity, t, noisy).pred_original_sample, latents, atol=1e-4)
+
+
 def test_training_pass_of_three_parts(model, pixels):
     model.train()
     text = model.text_encoder.encode(["red", "blue"])

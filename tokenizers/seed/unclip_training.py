@@ -297,5 +297,7 @@ class _Statistics:
 
 
 def _chain() -> DDPMScheduler:
-    """The latents' noise: Stable Diffusion 2.1's."""
-    return DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type="v_prediction")
+    """The latents' noise: Stable Diffusion 2.1's. Latents, unlike pixels, have no range to clip to."""
+    return DDPMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type="v_prediction", clip_sample=False
+    )
