@@ -62,7 +62,8 @@ def ways(target: Any, draft: Any, steps: int, exact_steps: int, exact_samples: i
         way = ContinuousSpeculation(draft.model, num_draft=window, inner_temperature=temperature)
         rows[f"published rule, window {window}, T={temperature:g}"] = Row(target, steps, way)
     if exact_steps not in (steps, steps // WINDOW):
-        rows[f"{PLAIN}, {exact_steps} steps"] = Row(target, exact_steps)
+        # as many samples as the exact rule: distances and their floor depend on the number
+        rows[f"{PLAIN}, {exact_steps} steps"] = Row(target, exact_steps, most=exact_samples)
     exact = ContinuousSpeculation(draft.model, rule="exact", num_draft=1)
     rows[f"{EXACT}, {exact_steps} steps"] = Row(target, exact_steps, exact, batch_size=5, most=exact_samples)
     return rows

@@ -2,6 +2,7 @@
 
 import shutil
 import sys
+from inspect import unwrap
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from vargen.backbones.llamagen import LlamaGen
 from vargen.backbones.nar import NAR
 from vargen.backbones.nbp import NBP
 from vargen.condition import Condition
+from vargen.decoding.compiled import CompiledBlocks
 from vargen.decoding.engine import Engine
 from vargen.decoding.plan import Numbers, Plan
 from vargen.decoding.quantize import int8_weights
@@ -176,6 +178,12 @@ def test_compiled_blocks_draw_what_plain_ones_draw():
     # all blocks and passes but the one over the prefix share one compiled shape, and another batch of that size takes it again
     with torch.compiler.set_stance("fail_on_recompile"):
         assert torch.equal(model.generate(labels(), **run, decoding=engine), tokens)
+
+
+def test_engines_do_not_share_what_they_compiled():
+    codes = [unwrap(CompiledBlocks().compiled).__code__ for _ in range(2)]
+    assert codes[0] == codes[1]
+    assert codes[0] is not codes[1]
 
 
 def test_int8_weights_need_torchao(monkeypatch):

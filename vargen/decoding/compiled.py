@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -26,7 +27,9 @@ class CompiledBlocks:
 
     @cached_property
     def compiled(self) -> Callable[..., Tensor]:
-        return torch.compile(_block, dynamic=False)
+        # torch counts what it compiled up to a limit by code object: each engine has its own, or the first ones would use it up
+        own = FunctionType(_block.__code__.replace(), globals(), _block.__name__)
+        return torch.compile(own, dynamic=False)
 
     def __call__(self, block: Any, x: Tensor, **arguments: Any) -> Tensor:
         # the tensors of this layer go in by themselves: a layer's number would have each one compiled anew
