@@ -192,7 +192,8 @@ def picture(arguments: argparse.Namespace, target: Path) -> None:
     if pixels:
         frame = [torch.nn.functional.pad(p, (1, 1, 1, 1), value=0.4) for p in pixels]
         sheet = torch.cat([torch.cat(list(p), dim=-1) for p in frame], dim=-2)
-        atomic_write(target, lambda path: to_images(sheet[None])[0].save(path, format="PNG", optimize=True))
+        small = to_images(sheet[None])[0].quantize(64)
+        atomic_write(target, lambda path: small.save(path, format="PNG", optimize=True))
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
