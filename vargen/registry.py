@@ -287,7 +287,7 @@ SYSTEMS: dict[str, System] = {
 }
 
 # bundled models: name -> directory under vargen/assets
-BUNDLED: dict[str, str] = {"digits": "digits", "shapes": "shapes"}
+BUNDLED: dict[str, str] = {"digits": "digits", "shapes": "shapes", "motion": "motion"}
 
 
 def load_public(name: str) -> Any:
