@@ -91,7 +91,6 @@ SYSTEMS: dict[str, dict[str, Any]] = {
             "dense_head_depth": 2,
             "dense_head_heads": 2,
             "dense_head_steps": _HEAD_STEPS,
-            "head_repeats": 1,
         },
         "sampling": {"guidance_schedule": "linear", "options": {"steps": 4, "pivot_steps": 8}},
     },
