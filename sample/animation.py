@@ -13,6 +13,7 @@ from torch import Tensor
 from vargen.model import StepInfo
 from vargen.noise import Noise
 from vargen.pipeline import VisualARPipeline
+from vargen.sample.decoding import Decoder
 from vargen.sample.job import Job, run_batch
 from vargen.sample.motion import save_gif
 from vargen.sample.picture import film, grid, to_images
@@ -24,7 +25,7 @@ FRAMES = 48
 _UNKNOWN = 0.25  # pixel value of cells that have no token yet: a light grey
 
 
-def write_animation(pipe: VisualARPipeline, job: Job, folder: Path, num: int) -> Path:
+def write_animation(pipe: VisualARPipeline, job: Job, folder: Path, num: int, decoder: Decoder | None = None) -> Path:
     """``animation.gif`` of the job's first images (at most 16) in about 48 frames; of videos (at most 4), all frames of each clip
     are shown beside each other, so that one sees which of them are begun before others are done.
 
@@ -41,7 +42,7 @@ def write_animation(pipe: VisualARPipeline, job: Job, folder: Path, num: int) ->
         if step.index % max(1, step.total // FRAMES) == 0 and step.index + 1 < step.total:
             frames.append(_still(partial_pixels(paint, pipe.model.space, step.tokens[:shown], step.known)))
 
-    frames.append(_still(run_batch(pipe, job, batch, on_step)[:shown]))
+    frames.append(_still(run_batch(pipe, job, batch, on_step, decoder)[:shown]))
     path = folder / "animation.gif"
     save_gif(frames, path, hold=2.0)
     return path

@@ -6,7 +6,6 @@ batch size, recorded in its folder, and pads the last batch; other sizes give th
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,16 +13,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from vargen.errors import DataError, VargenError, nearest
 from vargen.model import OnStep
 from vargen.noise import Noise
 from vargen.pipeline import VisualARPipeline
+from vargen.sample.decoding import Decoder
 from vargen.sample.edit import EditFiles
 from vargen.sample.files import pick_format, save_sample
 from vargen.sample.given import Given, read_given
+from vargen.sample.load import fingerprint
 from vargen.sample.manifest import Manifest
 
 DEFAULT_BATCH_SIZE = 16
@@ -44,6 +45,7 @@ class Job:
         batch_size: the one batch shape that runs.
         dtype, device: e.g. ``float32`` and ``cpu``.
         format, fps: of the files, see :func:`vargen.sample.files.save_sample`.
+        decoding: how it is decoded, see :attr:`vargen.sample.decoding.Decoder.record`; None without acceleration.
     """
 
     model: str
@@ -59,6 +61,7 @@ class Job:
     device: str
     format: str
     fps: float
+    decoding: dict[str, Any] | None = None
 
     def condition(self, index: int) -> dict[str, Any]:
         """``class_label``, ``prompt`` and ``given`` (file and number of frames) of image ``index``, as far as the job has them."""
@@ -85,6 +88,8 @@ class Job:
     def record(self, index: int, file: str) -> dict[str, Any]:
         """The manifest's line of an image."""
         settings = {**self.settings, "batch_size": self.batch_size, "dtype": self.dtype, "device": self.device}
+        if self.decoding is not None:
+            settings["decoding"] = self.decoding
         edit = {} if self.edit is None else {"image": self.edit.image, "mask": self.edit.mask}
         return {
             "file": file,
@@ -112,6 +117,7 @@ def make_job(
     edit: EditFiles | None = None,
     format: str | None = None,
     fps: float = 8.0,
+    decoding: dict[str, Any] | None = None,
 ) -> Job:
     """The job with labels looked up, given frames read and settings filled from the model's defaults.
 
@@ -136,7 +142,7 @@ def make_job(
         labels = list(range(count))
     return Job(
         model=model,
-        fingerprint=fingerprint(pipe),
+        fingerprint=fingerprint(pipe.components),
         seed=seed,
         class_labels=labels,
         prompts=list(prompts),
@@ -148,30 +154,45 @@ def make_job(
         device=pipe.device.type,
         format=pick_format(format, pipe.visual_tokenizer.video),
         fps=float(fps),
+        decoding=decoding,
     )
 
 
-def draw(pipe: VisualARPipeline, job: Job, manifest: Manifest, indices: Sequence[int], progress: bool = True) -> None:
-    """Draws those of ``indices`` that are not done, batch by batch; each batch is on disk and recorded before the next begins."""
+def draw(
+    pipe: VisualARPipeline,
+    job: Job,
+    manifest: Manifest,
+    indices: Sequence[int],
+    progress: bool = True,
+    decoder: Decoder | None = None,
+) -> None:
+    """Draws those of ``indices`` that are not done, batch by batch; each batch is on disk and recorded before the next begins.
+
+    ``decoder`` is the one of the job's ``decoding``, and counts what it gained.
+    """
     pending = [index for index in indices if not manifest.done(index)]
     with tqdm(total=len(indices), initial=len(indices) - len(pending), unit="image", disable=None if progress else True) as bar:
         for start in range(0, len(pending), job.batch_size):
             batch = pending[start : start + job.batch_size]
-            pixels = run_batch(pipe, job, batch)
+            pixels = run_batch(pipe, job, batch, decoder=decoder)
+            if decoder is not None:
+                decoder.count(len(batch))
             manifest.start()
             files = [save_sample(pixels[row], manifest.folder, index, job.format, job.fps) for row, index in enumerate(batch)]
             manifest.append([job.record(index, file) for index, file in zip(batch, files)])
             bar.update(len(batch))
 
 
-def run_batch(pipe: VisualARPipeline, job: Job, batch: Sequence[int], on_step: OnStep | None = None) -> Tensor:
+def run_batch(
+    pipe: VisualARPipeline, job: Job, batch: Sequence[int], on_step: OnStep | None = None, decoder: Decoder | None = None
+) -> Tensor:
     """Pixels of images ``batch``, at the job's batch shape: a short batch is padded by repeating its last image."""
     padded = [*batch, *[batch[-1]] * (job.batch_size - len(batch))]
     noise = Noise(job.seed, padded, pipe.device)
     edit = {} if job.edit is None else job.edit.arguments()
-    pixels = pipe(**job.conditions(padded), **edit, **job.settings, generator=noise, output_type="pt", on_step=on_step).images[
-        : len(batch)
-    ]
+    options = {**job.settings, **({} if decoder is None else decoder.arguments())}
+    drawn = pipe(**job.conditions(padded), **edit, **options, generator=noise, output_type="pt", on_step=on_step)
+    pixels = drawn.images[: len(batch)]
     bad = [index for index, image in zip(batch, pixels) if not torch.isfinite(image).all()]
     if bad:
         raise VargenError(f"image {bad[0]} came out with NaN or infinity: sample in float32, or check that the model was trained")
@@ -200,14 +221,3 @@ def parse_labels(texts: Sequence[str], num_classes: int, names: Sequence[str] | 
                 raise DataError(f"class label {label}: expected 0..{num_classes - 1}")
             labels.append(label)
     return labels
-
-
-def fingerprint(pipe: VisualARPipeline) -> str:
-    """A short hash of every weight's name, shape and first values, the same on every device."""
-    digest = hashlib.blake2b(digest_size=8)
-    for slot, module in sorted(pipe.components.items()):
-        if isinstance(module, nn.Module):
-            for name, value in sorted(module.state_dict().items()):
-                digest.update(f"{slot}.{name}{tuple(value.shape)}".encode())
-                digest.update(value.flatten()[:64].to("cpu", torch.float32).numpy().tobytes())
-    return digest.hexdigest()

@@ -1,18 +1,21 @@
-"""From the MODEL that a user names to a loaded pipeline or tokenizer: a bundled name, a directory or a hub id."""
+"""From the MODEL that a user names to a loaded pipeline, tokenizer or drafter: a bundled name, a directory or a hub id."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers.utils import logging
+from torch import nn
 
 from vargen import registry
+from vargen.backbones.drafter import EagleDrafter
 from vargen.checkpoint import check_model_directory
 from vargen.errors import CheckpointError, VargenError, nearest
 from vargen.model import VisualTokenizer
@@ -22,6 +25,7 @@ ASSETS = Path(registry.__file__).parent / "assets"
 PIPELINE_FILE = "model_index.json"
 TOKENIZER_SLOT = "visual_tokenizer"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
 def resolve(model: str) -> str:
@@ -38,7 +42,7 @@ def resolve(model: str) -> str:
         if not Path(model).is_dir():
             raise CheckpointError(f"'{model}' is a file: expected a model directory (official files are read by `vargen convert`)")
         return model
-    if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", model):
+    if _HUB_ID.fullmatch(model):
         return model
     raise CheckpointError(
         f"no model '{model}': expected a directory, a hub id (owner/name) or a bundled name{nearest(model, registry.BUNDLED)}"
@@ -101,6 +105,38 @@ def load_tokenizer(model: str, device: str | None = None, dtype: str = "float32"
     if not (isinstance(loaded, type) and issubclass(loaded, VisualTokenizer)):
         raise CheckpointError(f"'{model}' holds a {name}, not a tokenizer{nearest(name, _tokenizer_classes())}")
     return loaded.from_pretrained(source, **options).to(target).eval()
+
+
+def load_drafter(source: str, device: str | None = None, dtype: str = "float32") -> EagleDrafter:
+    """The EAGLE drafter in a directory or behind a hub id, as ``vargen train`` and ``vargen convert`` write it.
+
+    Raises:
+        CheckpointError: nothing there, another model, or its files are incomplete or pickled.
+    """
+    torch_dtype, target, folder = pick_dtype(dtype), pick_device(device), Path(source)
+    if not folder.is_dir() and not _HUB_ID.fullmatch(source):
+        raise CheckpointError(f"no drafter '{source}': expected a directory or a hub id (owner/name)")
+    if folder.is_dir():
+        check_model_directory(folder)
+    try:
+        name = EagleDrafter.load_config(source).get("_class_name")
+    except OSError as error:
+        raise CheckpointError(f"cannot load the drafter '{source}': {' '.join(str(error).split())[:300]}") from error
+    if name != EagleDrafter.__name__:
+        raise CheckpointError(f"'{source}' holds a {name}, not a drafter: expected what `vargen train digits/drafter` writes")
+    return EagleDrafter.from_pretrained(source, torch_dtype=torch_dtype).to(target).eval()
+
+
+def fingerprint(parts: Mapping[str, Any]) -> str:
+    """A short hash of every weight's name, shape and first values, the same on every device; ``parts`` that are no modules have
+    none."""
+    digest = hashlib.blake2b(digest_size=8)
+    for slot, module in sorted(parts.items()):
+        if isinstance(module, nn.Module):
+            for name, value in sorted(module.state_dict().items()):
+                digest.update(f"{slot}.{name}{tuple(value.shape)}".encode())
+                digest.update(value.flatten()[:64].to("cpu", torch.float32).numpy().tobytes())
+    return digest.hexdigest()
 
 
 @contextmanager

@@ -150,6 +150,8 @@ class FlexTok(VisualTokenizer):
         for modulation in (*self.decoder.modulations, self.decoder.modulation_out):
             nn.init.zeros_(modulation.linear.weight)
         nn.init.zeros_(self.decoder.to_patch.weight)
+        # codes start between their outermost levels, where the quantizer's tanh is flat and tells the encoder nothing
+        nn.init.xavier_uniform_(self.encoder.to_code.weight, gain=0.3)
         nn.init.zeros_(self.encoder.to_code.bias)
 
     def _latent_scale(self) -> float:

@@ -33,7 +33,7 @@ def compile_network(network: nn.Module, mode: str | bool, device: torch.device) 
     if mode == "false" or (mode == "auto" and device.type != "cuda"):
         return False
     blocks = repeated_blocks(network)
-    reason = _compiler_failure(device) if blocks else "the network has no repeated blocks"
+    reason = compiler_failure(device) if blocks else "the network has no repeated blocks"
     if reason:
         logger.warning("torch.compile is not used: %s; training runs eagerly", reason)
         return False
@@ -56,7 +56,7 @@ def repeated_blocks(network: nn.Module) -> list[nn.Module]:
     return found
 
 
-def _compiler_failure(device: torch.device) -> str | None:
+def compiler_failure(device: torch.device) -> str | None:
     """Why a small function with a gradient cannot be compiled here, or None if it can."""
     try:
         x = torch.ones(8, device=device, requires_grad=True)

@@ -21,6 +21,7 @@ OPTIMIZER: dict[str, Any] = {
     "weight_decay": 0.0,
     "decay": "matrices",
     "no_decay": [],
+    "multipliers": {},  # regular expression -> factor of the learning rate of the parameters whose name it finds
 }
 LR_SCHEDULER: dict[str, Any] = {
     "name": "constant",
@@ -61,22 +62,46 @@ def build_optimizer(module: nn.Module, config: Mapping[str, Any], batch_size: in
     """The optimizer of a recipe's ``optimizer`` block (keys of ``OPTIMIZER``) over the trainable parameters of ``module``.
 
     Raises:
-        ConfigError: unknown name or rule, or not exactly one of ``learning_rate`` and ``blr``.
+        ConfigError: unknown name or rule, not exactly one of ``learning_rate`` and ``blr``, or multipliers of no parameter.
     """
     if config["name"] not in OPTIMIZERS:
         raise ConfigError(f"optimizer '{config['name']}'{nearest(str(config['name']), OPTIMIZERS)}")
     names = decayed(module, config["decay"], config["no_decay"])
-    trainable = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for name, p in trainable if name in names], "weight_decay": config["weight_decay"]},
-        {"params": [p for name, p in trainable if name not in names], "weight_decay": 0.0},
-    ]
+    factors = rate_factors(module, config["multipliers"])
+    members: dict[tuple[bool, float], list[nn.Parameter]] = {}
+    for decays in (True, False):
+        for name, parameter in module.named_parameters():
+            if parameter.requires_grad and (name in names) == decays:
+                members.setdefault((decays, factors[name]), []).append(parameter)
     return OPTIMIZERS[config["name"]](
-        [group for group in groups if group["params"]],
+        [
+            {"params": parameters, "weight_decay": config["weight_decay"] if decays else 0.0, "multiplier": factor}
+            for (decays, factor), parameters in members.items()
+        ],
         lr=base_learning_rate(config, batch_size),
         betas=tuple(config["betas"]),
         eps=config["eps"],
     )
+
+
+def rate_factors(module: nn.Module, multipliers: Mapping[str, float]) -> dict[str, float]:
+    """What the learning rate of every parameter is multiplied by.
+
+    Args:
+        multipliers: factors by regular expression, for parameters whose name it matches anywhere; the last match counts.
+
+    Raises:
+        ConfigError: an expression that matches no name, or a factor that is not positive.
+    """
+    factors = {name: 1.0 for name, _ in module.named_parameters()}
+    for pattern, factor in multipliers.items():
+        found = [name for name in factors if re.search(pattern, name)]
+        if not found:
+            raise ConfigError(f"optimizer.multipliers: no parameter's name matches '{pattern}'")
+        if not factor > 0:
+            raise ConfigError(f"optimizer.multipliers: factor {factor} for '{pattern}', expected a positive one")
+        factors.update(dict.fromkeys(found, float(factor)))
+    return factors
 
 
 def base_learning_rate(config: Mapping[str, Any], batch_size: int) -> float:
@@ -122,5 +147,6 @@ def learning_rate(
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Sets ``rate`` times its multiplier in every group."""
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group["multiplier"]

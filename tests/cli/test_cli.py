@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 import resource
 import shutil
 import subprocess
@@ -14,7 +15,7 @@ from PIL import Image
 
 from tests.cli.conftest import Run
 from tests.tiny_pipelines import tiny_pipeline, tiny_tokenizer
-from vargen import VQTokenizer, registry
+from vargen import EagleDrafter, VQTokenizer, registry
 from vargen.cli.main import main
 from vargen.errors import VargenError
 from vargen.metrics.features import FeatureNet
@@ -84,6 +85,24 @@ def test_settings_and_shards(run: Run, saved: Path, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "out/job.json").read_text())["settings"]["guidance_schedule"] == "linear"
 
 
+def test_speculation_says_what_it_gained(run: Run, saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    torch.manual_seed(0)
+    EagleDrafter.for_target(tiny_pipeline().model).save_pretrained(tmp_path / "drafter")  # type: ignore[arg-type]
+    relaxed = ["--lantern-k", 4, "--lantern-ratio", 5]
+    for name, options in {
+        "lossless": ["--drafter", tmp_path / "drafter"],
+        "lantern": ["--drafter-path", tmp_path / "drafter", "--tree", "chain_5", *relaxed],
+        "jacobi": ["--jacobi", *relaxed],
+    }.items():
+        code, out, _ = run("sample", saved, "-n", 1, "-o", tmp_path / name, "-q", *options)
+        assert code == 0
+        gain, done, grid = out.splitlines()
+        assert re.fullmatch(r"\d\.\d\d tokens per target pass: \d+\.\d passes per image, not 16", gain)
+        assert done == f"1 of 1 images in {tmp_path / name}"
+        assert grid == str(tmp_path / name / "grid.png")
+
+
 def test_prompts_from_a_file(run: Run, tmp_path: Path) -> None:
     tiny_pipeline(text=True).save_pretrained(tmp_path / "text")
     (tmp_path / "prompts.txt").write_text("a red circle\n\na small blue square\n")
@@ -140,6 +159,13 @@ def test_damaged_checkpoints(run: Run, saved: Path, tmp_path: Path, damage: Call
         (["--device", "abacus"], "device 'abacus'"),
         (["--dtype", "int8"], "dtype 'int8'"),
         (["--prompt-file", "missing.txt"], "prompt file 'missing.txt'"),
+        (["--jacobi", "--compile"], "--compile with --jacobi"),
+        (["--jacobi", "--lantern-k", "40", "--lantern-delta", "0.1"], "expected 1..31"),
+        (["--drafter", "missing"], "no drafter 'missing'"),
+        (["--draft", "digits"], "LlamaGen is none"),
+        (["--exact"], "--exact goes with --draft"),
+        (["--cuda-graphs", "--device", "cpu"], "needs a CUDA device"),
+        (["--set", "decoding=jacobi"], "decoding is no setting"),
     ],
 )
 def test_wrong_requests_are_one_line_and_leave_nothing(

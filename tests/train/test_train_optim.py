@@ -13,7 +13,15 @@ from torch import nn
 
 from vargen.errors import ConfigError
 from vargen.train.ema import EMA
-from vargen.train.optim import LR_SCHEDULER, OPTIMIZER, base_learning_rate, build_optimizer, decayed, learning_rate
+from vargen.train.optim import (
+    LR_SCHEDULER,
+    OPTIMIZER,
+    base_learning_rate,
+    build_optimizer,
+    decayed,
+    learning_rate,
+    set_learning_rate,
+)
 
 
 class Net(nn.Module):
@@ -109,3 +117,21 @@ def test_ema_swap_restores_bit_for_bit_even_after_an_error():
 def test_frozen_parameters_are_not_averaged():
     net = Net()
     assert len(EMA(net.parameters()).averages) == 7
+
+
+def test_multipliers_scale_the_rate_of_the_parameters_they_match():
+    config = {**OPTIMIZER, "learning_rate": 1e-3, "weight_decay": 0.1, "multipliers": {"weight": 0.5, "^norm": 50.0}}
+    net = Net()
+    optimizer = build_optimizer(net, config, 256)
+    set_learning_rate(optimizer, 2e-3)
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    trained = {name: p for name, p in net.named_parameters() if p.requires_grad}
+    expected = {name: 0.1 if name.startswith("norm") else 1e-3 if "weight" in name else 2e-3 for name in trained}
+    assert {name: rates[id(p)] for name, p in trained.items()} == pytest.approx(expected)
+    names = {id(p): name for name, p in net.named_parameters()}
+    kept = {names[id(p)] for group in optimizer.param_groups if group["weight_decay"] for p in group["params"]}
+    assert kept == decayed(net)
+    with pytest.raises(ConfigError, match="no parameter's name matches 'weigth'"):
+        build_optimizer(net, {**config, "multipliers": {"weigth": 2.0}}, 256)
+    with pytest.raises(ConfigError, match="expected a positive"):
+        build_optimizer(net, {**config, "multipliers": {"weight": 0.0}}, 256)

@@ -45,7 +45,10 @@ def sample(
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Other settings, e.g. guidance_schedule=linear.")
     ] = None,
     batch_size: Annotated[
-        int | None, typer.Option(help="Images per pass (16); the job keeps to it, and other sizes differ by rounding.")
+        int | None,
+        typer.Option(
+            help="Images per pass (16, or 1 where speculation takes them singly); the job keeps to it, others differ by rounding."
+        ),
     ] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder; default outputs/<model>-<settings>.")] = None,
     format: Annotated[
@@ -55,6 +58,41 @@ def sample(
     npz: Annotated[bool, typer.Option("--npz", help="Also write samples.npz for FID evaluators, shuffled.")] = False,
     animate: Annotated[bool, typer.Option("--animate", help="Also write animation.gif of the tokens appearing in order.")] = False,
     shard: Annotated[str, typer.Option(help="k/n: draw only the images whose number is k modulo n.")] = "0/1",
+    compile: Annotated[
+        bool, typer.Option("--compile", help="Fast: blocks through torch.compile; compiling first takes a while.")
+    ] = False,
+    cuda_graphs: Annotated[
+        bool, typer.Option("--cuda-graphs", help="Fast: passes of causal models as CUDA graphs, with or without --compile.")
+    ] = False,
+    int8: Annotated[bool, typer.Option("--int8", help="Fast: 8-bit weights of causal models (torchao), compiled.")] = False,
+    drafter: Annotated[
+        str | None,
+        typer.Option(
+            "--drafter",
+            "--drafter-path",
+            metavar="DIR",
+            help="Fast: an EAGLE drafter for a next-token model; lossless without --lantern-k.",
+        ),
+    ] = None,
+    tree: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Of the drafter: static, chain_5, naive_extend_57 or mc_sim_7b_63; else dynamic."),
+    ] = None,
+    jacobi: Annotated[
+        bool, typer.Option("--jacobi", help="Fast: a next-token model drafts for itself; lossless without --lantern-k.")
+    ] = False,
+    lantern_k: Annotated[
+        int | None, typer.Option(help="LANTERN: accept drafts also for their k nearest codes, up to one of the next two bounds.")
+    ] = None,
+    lantern_delta: Annotated[float | None, typer.Option(help="Bound in total variation, 0..1 (LANTERN).")] = None,
+    lantern_ratio: Annotated[float | None, typer.Option(help="Bound as a ratio of probabilities, from 1 on (LANTERN++).")] = None,
+    draft: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL", help="Fast: a smaller MAR drafts for a MAR, by the published rule, which is lossy."),
+    ] = None,
+    exact: Annotated[
+        bool, typer.Option("--exact", help="With --draft: the rule that keeps the model's distribution, slower than no draft.")
+    ] = False,
     device: Device = None,
     dtype: Dtype = "float32",
     quiet: Quiet = False,
@@ -67,6 +105,7 @@ def sample(
     part, others = parse_shard(shard), parse_settings(settings or ())
     prompts = [*(prompt or []), *(read_prompts(prompt_file) if prompt_file else [])]
 
+    from vargen.sample.decoding import DecodingChoice
     from vargen.sample.images import sample as run
 
     result = run(
@@ -91,7 +130,22 @@ def sample(
         dtype=dtype,
         progress=not quiet,
         settings={**others, "guidance_scale": guidance_scale, "temperature": temperature, "top_k": top_k, "top_p": top_p},
+        decoding=DecodingChoice(
+            compile=compile,
+            cuda_graphs=cuda_graphs,
+            int8=int8,
+            drafter=drafter,
+            tree=tree,
+            jacobi=jacobi,
+            lantern_k=lantern_k,
+            lantern_delta=lantern_delta,
+            lantern_ratio=lantern_ratio,
+            draft=draft,
+            exact=exact,
+        ),
     )
+    if result.gain is not None:
+        typer.echo(result.gain)
     if result.flops is not None:
         typer.echo(f"{result.flops / 1e9:.3g} GFLOPs per image")
     typer.echo(f"{result.done} of {result.num} {result.noun} in {result.folder}")
