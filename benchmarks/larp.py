@@ -3,9 +3,10 @@
     python benchmarks/larp.py outputs/train/shapes-larp --others outputs/train/shapes-larp-noprior
 
 The round trip is compared with predicting the mean training clip. Then, for every run, fresh priors of one size and budget are
-trained on the ids of the frozen tokenizer, as they are and in an order that is drawn once per seed; what is compared is their loss
-on held-out clips. Two kinds of prior: a next-token decoder as it generates videos (all tokens count), and the latent prior that the
-tokenizer is trained with (its first token is given). Results go to a JSON file, reconstructions and the loss curve to pictures.
+trained on the ids of the frozen tokenizer in three orders: the learned one, one that is drawn once per seed, and another one for
+every clip; what is compared is their loss on held-out clips. Two kinds of prior: a next-token decoder as it generates videos (all
+tokens count), and the latent prior that the tokenizer is trained with (its first token is given). The latent prior that was trained
+along is judged in the same orders. Results go to a JSON file, reconstructions and the loss curve to pictures.
 """
 
 from __future__ import annotations
@@ -87,7 +88,8 @@ class Codes:
     labels: Tensor
 
     def reordered(self, order: Tensor) -> Codes:
-        return Codes(self.ids[:, order], self.labels)
+        """The ids of every clip in ``order`` ``(N,)``, or each in its own ``(n, N)``."""
+        return Codes(self.ids.gather(1, order.expand_as(self.ids)), self.labels)
 
 
 @torch.inference_mode()
@@ -143,6 +145,8 @@ class DecoderPrior(nn.Module):
 class LatentCodesPrior(nn.Module):
     """The prior of the tokenizer's own training, on frozen codes."""
 
+    codes: Tensor
+
     def __init__(self, tokenizer: LARPTokenizer, classes: int) -> None:
         super().__init__()
         self.register_buffer("codes", tokenizer.quantizer.codes.detach().clone())
@@ -152,7 +156,12 @@ class LatentCodesPrior(nn.Module):
             tokenizer.config.code_dim, tokenizer.space.num_tokens, **LATENT, dropout=0.0, temperature=temperature
         )
 
-    codes: Tensor
+    @classmethod
+    def trained_along(cls, tokenizer: LARPTokenizer) -> LatentCodesPrior:
+        prior = cls(tokenizer, 0)
+        assert tokenizer.prior_model is not None
+        prior.model = tokenizer.prior_model
+        return prior
 
     def forward(self, codes: Codes) -> Tensor:
         """Nats of every token but the first ``(B, N - 1)``."""
@@ -182,32 +191,53 @@ def held_out_loss(kind: str, run: Run, known: Codes, tests: Codes, steps: int, s
         nn.utils.clip_grad_norm_(prior.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-    with torch.inference_mode():
-        chunks = zip(tests.ids.split(128), tests.labels.split(128))
-        return torch.cat([prior.eval()(Codes(ids, labels)).mean(1) for ids, labels in chunks])
+    return judged(prior, tests)
+
+
+@torch.inference_mode()
+def judged(prior: nn.Module, tests: Codes) -> Tensor:
+    """Nats per token ``(n,)`` of held-out clips."""
+    chunks = zip(tests.ids.split(128), tests.labels.split(128))
+    return torch.cat([prior.eval()(Codes(ids, labels)).mean(1) for ids, labels in chunks])
+
+
+def reorderings(known: Codes, tests: Codes, seed: int) -> dict[str, tuple[Codes, Codes]]:
+    """Training and held-out clips in every order."""
+    count = known.ids.shape[1]
+    once = Noise(seed).permutation("order", count)[0]
+    each = (
+        Noise(seed, len(known.ids) + len(tests.ids)).permutation("order of a clip", count).split((len(known.ids), len(tests.ids)))
+    )
+    return {
+        "learned": (known, tests),
+        "random": (known.reordered(once), tests.reordered(once)),
+        "random_for_every_clip": (known.reordered(each[0]), tests.reordered(each[1])),
+    }
 
 
 def orders(run: Run, known: Codes, tests: Codes, kinds: list[str], steps: int, seeds: list[int]) -> dict[str, Any]:
-    """Held-out loss of every kind of prior in the learned order and in a random one."""
+    """Held-out loss of every kind of prior in the learned order and in random ones."""
+
+    def fresh(kind: str) -> Callable[[Codes, Codes, int], Tensor]:
+        return lambda known, tests, seed: held_out_loss(kind, run, known, tests, steps, seed)
+
+    losses: dict[str, Callable[[Codes, Codes, int], Tensor]] = {kind: fresh(kind) for kind in kinds}
+    if run.tokenizer.prior_model is not None:
+        along = LatentCodesPrior.trained_along(run.tokenizer)
+        losses["trained_along"] = lambda known, tests, seed: judged(along, tests)
     report: dict[str, Any] = {}
-    for kind in kinds:
-        losses: dict[str, list[float]] = {"learned": [], "random": []}
-        differences, started = [], time.process_time()
+    for kind, loss in losses.items():
+        started = time.process_time()
+        values: dict[str, list[Tensor]] = {}
         for seed in seeds:
-            random = Noise(seed).permutation("order", known.ids.shape[1])[0]
-            values = {
-                "learned": held_out_loss(kind, run, known, tests, steps, seed),
-                "random": held_out_loss(kind, run, known.reordered(random), tests.reordered(random), steps, seed),
-            }
-            for name, value in values.items():
-                losses[name].append(float(value.mean()))
-            differences.append(mean_error(values["random"] - values["learned"]))
-        gains = [gain for gain, _ in differences]
-        report[kind] = {
-            **{name: _over_seeds(values) for name, values in losses.items()},
-            "random_minus_learned": {**_over_seeds(gains), "error_over_clips": [error for _, error in differences]},
-            "processor_seconds": time.process_time() - started,
-        }
+            for name, pair in reorderings(known, tests, seed).items():
+                values.setdefault(name, []).append(loss(*pair, seed))
+        report[kind] = {name: _over_seeds([float(v.mean()) for v in each]) for name, each in values.items()}
+        for name in list(values)[1:]:
+            differences = [mean_error(other - own) for other, own in zip(values[name], values["learned"])]
+            gains = _over_seeds([gain for gain, _ in differences])
+            report[kind][f"{name}_minus_learned"] = {**gains, "error_over_clips": [error for _, error in differences]}
+        report[kind]["processor_seconds"] = time.process_time() - started
     return report
 
 

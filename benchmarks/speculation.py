@@ -3,6 +3,10 @@
     vargen train digits/drafter
     python benchmarks/speculation.py digits --drafter outputs/train/digits-drafter/final
 
+Any next-token pipeline will do, with the shipped set that judges its samples:
+
+    python benchmarks/speculation.py outputs/train/shapes-flextok-ar/final --judge shapes --drafter DIR --output FILE
+
 Rows: plain decoding; then the dynamic tree (EAGLE-2, LANTERN), a static tree (EAGLE, LANTERN++), a chain, and drafts without a
 drafter (Jacobi), each lossless and relaxed over k neighbours with an additive bound δ or a ratio λ. All rows draw the same samples,
 one at a time as speculation does, in turns of a few, so that a change of load meets all of them. Every seed is a run of its own;
@@ -33,7 +37,7 @@ from vargen.decoding.lantern import Lantern
 from vargen.decoding.neighbors import neighbor_table
 from vargen.decoding.speculative import Speculation
 from vargen.metrics.evaluate import evaluate_images
-from vargen.metrics.features import load_feature_net
+from vargen.metrics.features import FEATURE_NETS, load_feature_net
 from vargen.noise import Noise
 from vargen.sample.load import load_pipeline
 
@@ -132,7 +136,8 @@ def counted(pipe: Any, drawn: dict[str, Tensor], samples: int) -> dict[str, floa
 def judged(pipe: Any, name: str, drawn: dict[str, Tensor], samples: int) -> dict[str, float]:
     """Distance and accuracy of a row's samples."""
     images = torch.cat([pipe.visual_tokenizer.decode(part.long()) for part in drawn["tokens"][:samples].split(50)]).clamp(-1, 1)
-    reference = build_dataset(name, size=images.shape[-1], split="test")
+    options = {"frames": images.shape[2], "length": 512} if images.dim() == 5 else {}
+    reference = build_dataset(name, size=images.shape[-1], split="test", **options)
     labels = torch.arange(samples) % pipe.model.num_classes
     report = evaluate_images(images, reference, load_feature_net(name), labels=labels)
     return {
@@ -160,7 +165,10 @@ def table(results: dict[str, list[dict[str, float]]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", choices=["digits"])
+    parser.add_argument("model", help="bundled name or directory of a pipeline that is conditioned on classes")
+    parser.add_argument(
+        "--judge", choices=FEATURE_NETS, help="data set and network of the distance; by default as the model's name"
+    )
     parser.add_argument("--drafter", required=True, help="directory of a trained drafter")
     parser.add_argument("--samples", type=int, default=200, help="for every seed")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2])
@@ -179,7 +187,7 @@ def main() -> None:
         for name in rows:
             results[name].append(counted(pipe, drawn[name], arguments.samples))
             if arguments.samples >= JUDGED:
-                results[name][-1] |= judged(pipe, arguments.model, drawn[name], arguments.samples)
+                results[name][-1] |= judged(pipe, arguments.judge or arguments.model, drawn[name], arguments.samples)
             plain = results[PLAIN][-1]["processor_milliseconds_per_image"]
             results[name][-1]["time_ratio"] = results[name][-1]["processor_milliseconds_per_image"] / plain
     environment = describe(pipe.model.device)

@@ -57,6 +57,7 @@ def recipe_of(name: str, seed: int, arguments: argparse.Namespace) -> dict[str, 
     recipe: Any = OmegaConf.to_container(load_config(RECIPE), resolve=True)
     recipe["model"], recipe["seed"] = SYSTEMS[name], seed
     recipe["dataset"]["length"] = arguments.clips
+    recipe["sampling"] = {"temperature": 0.8}  # plain sampling, whatever the recipe has found best for NBP
     recipe["export"] = {"dtype": "float32"}
     changes = {"max_train_steps": arguments.steps, "batch_size": arguments.batch_size, "checkpointing_steps": 200}
     recipe["training"] = {**recipe["training"], **changes, "preview_steps": 0, "validation_steps": 0}

@@ -81,6 +81,10 @@ class FlexTok(VisualTokenizer):
         continuous_share: share of training samples whose codes are not rounded, see :meth:`vargen.nn.quantize.FSQ.forward`.
         register_std: deviation of the encoder's registers at the start. In short trainings registers that are as large as what they
             read from the patches soon tell different things; small ones all tell the same.
+        code_gain: of the first weights that make codes. At 1 many codes start at their outermost levels, where the quantizer is
+            flat and tells the encoder nothing.
+        patch_gain: of the first embedding of noised patches. At 1 the noise is as large as the patches' positions, by which they
+            find what registers tell of them.
     """
 
     @register_to_config
@@ -112,6 +116,8 @@ class FlexTok(VisualTokenizer):
         usage_window: int = 0,
         continuous_share: float = 0.0,
         register_std: float = 0.02,
+        code_gain: float = 1.0,
+        patch_gain: float = 1.0,
     ) -> None:
         super().__init__()
         if nested not in NESTED:
@@ -150,8 +156,8 @@ class FlexTok(VisualTokenizer):
         for modulation in (*self.decoder.modulations, self.decoder.modulation_out):
             nn.init.zeros_(modulation.linear.weight)
         nn.init.zeros_(self.decoder.to_patch.weight)
-        # codes start between their outermost levels, where the quantizer's tanh is flat and tells the encoder nothing
-        nn.init.xavier_uniform_(self.encoder.to_code.weight, gain=0.3)
+        nn.init.xavier_uniform_(self.encoder.to_code.weight, gain=code_gain)
+        nn.init.xavier_uniform_(self.decoder.patches.proj.weight, gain=patch_gain)
         nn.init.zeros_(self.encoder.to_code.bias)
 
     def _latent_scale(self) -> float:
