@@ -11,6 +11,7 @@ reading all weights once per token sets, from the bandwidth that a plain copy re
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import platform
 import statistics
@@ -23,6 +24,7 @@ from torch import Tensor
 from vargen import Condition, LlamaGen, Noise
 from vargen.checkpoint import atomic_write
 from vargen.decoding.engine import Engine
+from vargen.decoding.quantize import int8_weights
 
 
 @torch.no_grad()
@@ -74,7 +76,8 @@ def main() -> None:
     parser.add_argument("--grid", type=int, nargs=2, default=[16, 16])
     parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--turns", type=int, default=3, help="runs of engine and cached loop, after one that is not counted")
-    parser.add_argument("--compile", action="store_true", help="a third one that takes turns: the engine with compiled blocks")
+    parser.add_argument("--compile", action="store_true", help="takes turns as well: the engine with compiled blocks")
+    parser.add_argument("--int8", action="store_true", help="takes turns as well: the compiled engine with 8-bit weights (torchao)")
     parser.add_argument("--output", default="benchmarks/results/engine-cpu.json")
     arguments = parser.parse_args()
     torch.manual_seed(0)
@@ -90,6 +93,9 @@ def main() -> None:
     if arguments.compile:
         engine = Engine(compile=True)
         runs["compiled engine"] = lambda: model.generate(condition, noise=noise, decoding=engine)
+    if arguments.int8:
+        small, small_engine = int8_weights(copy.deepcopy(model)), Engine(compile=True)
+        runs["compiled engine, int8"] = lambda: small.generate(condition, noise=noise, decoding=small_engine)
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
     for turn in range(-1, arguments.turns):
         for name, run in runs.items():
