@@ -4,9 +4,9 @@
         --draft outputs/train/digits-mar-draft/final
 
 Rows: target and draft alone, the target alone with as few passes as speculation takes, the published rule over its window and its
-inner temperature, and the exact rule. All rows draw samples of the same seeds. The exact rule works on one sample after the other,
-the other rows on batches, and time is that of one processor thread. What is drawn is kept under ``--work``, so that a run that was
-stopped goes on where it was.
+inner temperature, and the exact rule. All rows draw samples of the same seeds, but for the exact rule, which takes long and draws
+those of the first seed only. It works on one sample after the other, the other rows on batches, and time is that of one processor
+thread. What is drawn is kept under ``--work``, so that a run that was stopped goes on where it was.
 """
 
 from __future__ import annotations

@@ -176,6 +176,9 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("outputs/speculation"))
     parser.add_argument("--output", default="benchmarks/results/speculation-digits.json")
     arguments = parser.parse_args()
+    judge = arguments.judge or arguments.model
+    if judge not in FEATURE_NETS and arguments.samples >= JUDGED:
+        parser.error(f"--judge says what judges '{judge}': one of {', '.join(FEATURE_NETS)}; or draw fewer than {JUDGED} samples")
     pipe = load_pipeline(arguments.model)
     drafter = EagleDrafter.from_pretrained(arguments.drafter).to(pipe.model.device).eval()
     rows = decodings(drafter, neighbor_table(pipe.visual_tokenizer, 11))
@@ -187,7 +190,7 @@ def main() -> None:
         for name in rows:
             results[name].append(counted(pipe, drawn[name], arguments.samples))
             if arguments.samples >= JUDGED:
-                results[name][-1] |= judged(pipe, arguments.judge or arguments.model, drawn[name], arguments.samples)
+                results[name][-1] |= judged(pipe, judge, drawn[name], arguments.samples)
             plain = results[PLAIN][-1]["processor_milliseconds_per_image"]
             results[name][-1]["time_ratio"] = results[name][-1]["processor_milliseconds_per_image"] / plain
     environment = describe(pipe.model.device)

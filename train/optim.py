@@ -46,14 +46,17 @@ def decayed(module: nn.Module, rule: str = "matrices", exclude: Sequence[str] = 
         rule: ``matrices`` decays tensors with two axes or more (LlamaGen, MAR), ``linear`` only weights of linear layers (LARP),
             ``all`` everything.
         exclude: regular expressions; a parameter whose name matches one anywhere is not decayed.
+
+    Raises:
+        ConfigError: an unknown rule, or a text that is no regular expression.
     """
     if rule not in DECAY_RULES:
         raise ConfigError(f"weight-decay rule '{rule}'{nearest(rule, DECAY_RULES)}")
     linear = {f"{name}.weight".lstrip(".") for name, part in module.named_modules() if isinstance(part, nn.Linear)}
-    names = set()
+    names, patterns = set(), [_pattern(text) for text in exclude]
     for name, parameter in module.named_parameters():
         chosen = rule == "all" or (parameter.dim() >= 2 if rule == "matrices" else name in linear)
-        if parameter.requires_grad and chosen and not any(re.search(pattern, name) for pattern in exclude):
+        if parameter.requires_grad and chosen and not any(pattern.search(name) for pattern in patterns):
             names.add(name)
     return names
 
@@ -91,17 +94,25 @@ def rate_factors(module: nn.Module, multipliers: Mapping[str, float]) -> dict[st
         multipliers: factors by regular expression, for parameters whose name it matches anywhere; the last match counts.
 
     Raises:
-        ConfigError: an expression that matches no name, or a factor that is not positive.
+        ConfigError: no regular expression, one that matches no name, or a factor that is no positive number.
     """
     factors = {name: 1.0 for name, _ in module.named_parameters()}
-    for pattern, factor in multipliers.items():
-        found = [name for name in factors if re.search(pattern, name)]
+    for text, factor in multipliers.items():
+        pattern = _pattern(text)
+        found = [name for name in factors if pattern.search(name)]
         if not found:
-            raise ConfigError(f"optimizer.multipliers: no parameter's name matches '{pattern}'")
-        if not factor > 0:
-            raise ConfigError(f"optimizer.multipliers: factor {factor} for '{pattern}', expected a positive one")
+            raise ConfigError(f"optimizer.multipliers: no parameter's name matches '{text}'")
+        if not isinstance(factor, int | float) or not 0 < factor < math.inf:
+            raise ConfigError(f"optimizer.multipliers: factor {factor} for '{text}', expected a positive number")
         factors.update(dict.fromkeys(found, float(factor)))
     return factors
+
+
+def _pattern(text: str) -> re.Pattern[str]:
+    try:
+        return re.compile(text)
+    except re.error as error:
+        raise ConfigError(f"optimizer: '{text}' is no regular expression ({error})") from error
 
 
 def base_learning_rate(config: Mapping[str, Any], batch_size: int) -> float:

@@ -135,3 +135,8 @@ def test_multipliers_scale_the_rate_of_the_parameters_they_match():
         build_optimizer(net, {**config, "multipliers": {"weigth": 2.0}}, 256)
     with pytest.raises(ConfigError, match="expected a positive"):
         build_optimizer(net, {**config, "multipliers": {"weight": 0.0}}, 256)
+    with pytest.raises(ConfigError, match="factor much for 'weight'"):
+        build_optimizer(net, {**config, "multipliers": {"weight": "much"}}, 256)
+    for mistake in ({"multipliers": {"(norm": 2.0}}, {"no_decay": ["(norm"]}):
+        with pytest.raises(ConfigError, match="no regular expression"):
+            build_optimizer(net, {**config, **mistake}, 256)
